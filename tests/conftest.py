@@ -1,0 +1,31 @@
+"""Shared fixtures. Reference material beside a developer's checkout (`../shared`) is optional: tests that use it skip."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Folder of numeric fixtures from the published code (`shared/reference` beside the checkout)."""
+    path = ROOT.parent / "shared" / "reference"
+    if not path.is_dir():
+        pytest.skip("needs ../shared/reference (fixtures of the published code), which is not part of the project")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
