@@ -1,0 +1,48 @@
+"""Full self-attention over the joint [text | video] sequence."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from sat.model.base_model import replacable
+from torch import Tensor, nn
+
+
+@replacable
+def attention_fn(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attention_dropout=None, **_
+) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v, over all tokens: padded text is attended, as in training.
+
+    query, key, value: (B, heads, S, head_dim); attention_mask: None (full attention), or what torch's function takes.
+    Returns the shape of query. Mixins wrap it (``non_conflict``) or replace it.
+    """
+    # SAT's default compares the mask with a triangle on every call: a device sync and a graph break per layer.
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+
+
+class SelfAttention(nn.Module):
+    """One q|k|v product, attention, one output product, under SAT's names and hooks.
+
+    ``hooks`` is the dictionary of the whole network: ``attention_forward`` replaces this forward, ``attention_fn``
+    the part between the two products.
+    """
+
+    def __init__(self, hidden_size: int, num_attention_heads: int, hooks: dict):
+        super().__init__()
+        self.num_attention_heads = num_attention_heads
+        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.hooks = hooks
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None, **kw_args) -> Tensor:
+        """hidden_states: (B, S, D). Returns (B, S, D)."""
+        if "attention_forward" in self.hooks:
+            return self.hooks["attention_forward"](hidden_states, mask, **kw_args)
+        qkv = self.query_key_value(hidden_states)
+        query, key, value = torch.unbind(
+            rearrange(qkv, "b s (three n d) -> three b n s d", three=3, n=self.num_attention_heads)
+        )
+        attended = self.hooks["attention_fn"](query, key, value, mask, None, **kw_args)
+        return self.dense(rearrange(attended, "b n s d -> b s (n d)"))

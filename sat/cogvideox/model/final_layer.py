@@ -1,0 +1,40 @@
+"""Tokens in, latents out."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from sat.model.base_model import BaseMixin
+from torch import Tensor, nn
+
+from cogvideox.model.adaln import zero_linear
+
+
+class FinalLayer(BaseMixin):
+    """Layer norm, modulation by the time embedding (DiT, Peebles & Xie 2023), projection, unpatchify.
+
+    The tokens come out of ``transformer.final_layernorm`` already, so two layer norms follow each other, as published.
+    """
+
+    def __init__(
+        self, hidden_size: int, time_embed_dim: int, patch_size: tuple[int, int, int], out_channels: int
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        frames, height, width = patch_size
+        # 1e-6 here, 1e-5 in the trunk (diffusers has 1e-5 in both: 2e-5 apart at the output).
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, frames * height * width * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero_linear(time_embed_dim, 2 * hidden_size))
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def final_forward(
+        self, hidden_states: Tensor, *, emb: Tensor, text_length: int, grid: tuple[int, int, int], **_
+    ) -> Tensor:
+        """hidden_states: (B, L + N, D); emb: (B or 1, E). Returns (B, T, out_channels, H, W)."""
+        shift, scale = self.adaLN_modulation(emb)[:, None].chunk(2, dim=-1)
+        video = torch.addcmul(shift, self.norm_final(hidden_states[:, text_length:]), 1 + scale)
+        (frames, height, width), (_, rows, columns) = self.patch_size, grid
+        pattern = "b (t h w) (c o p q) -> b (t o) c (h p) (w q)"
+        return rearrange(self.linear(video), pattern, h=rows, w=columns, o=frames, p=height, q=width)

@@ -1,0 +1,268 @@
+"""The expert transformer of CogVideoX (Yang et al. 2024) as a SAT model with four swappable mixins.
+
+A SAT model is a trunk of plain transformer layers (trunk.py) plus mixins that take over its hooks:
+
+    pos_embed    position.py     position_embedding_forward, attention_fn    sincos, rope, learned tables
+    patch_embed  patch_embed.py  word_embedding_forward                      latents and text to tokens
+    adaln_layer  adaln.py        layer_forward, attention_fn                 timestep modulation, query/key norm
+    final_layer  final_layer.py  final_forward                               tokens to latents
+
+B batch, T latent frames, C channels, H W latent size, N video tokens, L text tokens, D width, E time width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sat.model.base_model import BaseMixin, BaseModel
+from torch import Tensor
+
+from cogvideox.model.attention import attention_fn
+from cogvideox.model.timestep import embedding_mlp, sinusoid
+from cogvideox.model.trunk import Trunk
+
+PREFIX = "model.diffusion_model."
+"""Where the published checkpoints keep the network."""
+
+UNUSED_KEYS = ("transformer.position_embeddings.weight", "transformer.word_embeddings.weight")
+"""Parameters that SAT's own trunk creates and CogVideoX never uses; a file may hold them."""
+
+
+class ExpertTransformer(BaseModel):
+    """Predicts the velocity of noisy latents, given their timestep and text.
+
+    ``position``, ``patch_embed``, ``adaln``, ``final_layer``: mixins, or callables that make one from those of these
+    arguments which their signature names (``grid`` and ``head_dim`` too, see ``geometry``).
+    ``num_frames`` counts pixel frames, ``latent_height`` and ``latent_width`` latents: the configured size, which
+    limits only learned position tables. ``ofs_embed_dim``: the network has an ``ofs`` input (1.5-I2V) of that width.
+    ``device="meta"`` allocates nothing; ``skip_init`` leaves the trunk's weights unset, for a checkpoint to fill.
+    """
+
+    attention_fn = staticmethod(attention_fn)  # the innermost of SAT's attention hooks
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        num_attention_heads: int,
+        in_channels: int,
+        out_channels: int,
+        time_embed_dim: int,
+        patch_size: tuple[int, int, int],
+        text_length: int,
+        text_hidden_size: int,
+        num_frames: int,
+        latent_height: int,
+        latent_width: int,
+        position: BaseMixin | Callable[..., BaseMixin],
+        patch_embed: BaseMixin | Callable[..., BaseMixin],
+        adaln: BaseMixin | Callable[..., BaseMixin],
+        final_layer: BaseMixin | Callable[..., BaseMixin],
+        ofs_embed_dim: int | None = None,
+        temporal_compression: int = 4,
+        checkpoint_activations: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        skip_init: bool = False,
+    ):
+        _check_geometry(hidden_size, num_attention_heads, time_embed_dim, ofs_embed_dim, patch_size)
+        patch_size = tuple(patch_size)
+        latent_frames = (num_frames - 1) // temporal_compression + 1
+        device = torch.get_default_device() if device is None else torch.device(device)
+        with torch.device("meta"):
+            trunk = Trunk(num_layers, hidden_size, num_attention_heads, checkpoint_activations).to(dtype)
+        if device.type != "meta":
+            trunk.to_empty(device=device)
+            if not skip_init:
+                trunk.init_weights()
+
+        super().__init__(args=None, transformer=trunk)
+        self.in_channels, self.out_channels, self.patch_size = in_channels, out_channels, patch_size
+        self.hidden_size, self.text_length, self.ofs_embed_dim = hidden_size, text_length, ofs_embed_dim
+        self.geometry = {
+            "num_layers": num_layers,
+            "hidden_size": hidden_size,
+            "num_attention_heads": num_attention_heads,
+            "head_dim": hidden_size // num_attention_heads,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "time_embed_dim": time_embed_dim,
+            "patch_size": patch_size,
+            "text_length": text_length,
+            "text_hidden_size": text_hidden_size,
+            "num_frames": num_frames,
+            "latent_height": latent_height,
+            "latent_width": latent_width,
+            # A clip of 21 latents is padded to 22 for a temporal patch of 2, so time rounds up.
+            "grid": (
+                -(-latent_frames // patch_size[0]),
+                *_spatial_grid(latent_height, latent_width, patch_size),
+            ),
+        }
+        with device:
+            self.time_embed = embedding_mlp(hidden_size, time_embed_dim)
+            if ofs_embed_dim is not None:
+                self.ofs_embed = embedding_mlp(ofs_embed_dim, ofs_embed_dim)
+            # Order is meaning: a `non_conflict` hook wraps those before it, so q and k are normed, then rotated.
+            self.add_mixin("pos_embed", _make_mixin("position", position, self.geometry))
+            self.add_mixin("patch_embed", _make_mixin("patch_embed", patch_embed, self.geometry))
+            self.add_mixin("adaln_layer", _make_mixin("adaln", adaln, self.geometry))
+            self.add_mixin("final_layer", _make_mixin("final_layer", final_layer, self.geometry))
+        for key, hook in (("patch_embed", "word_embedding_forward"), ("final_layer", "final_forward")):
+            if hook not in self.hooks:
+                raise ValueError(
+                    f"model.transformer.{key}: the mixin has no method {hook}, and the trunk has none"
+                )
+        self.to(dtype)
+        self.register_load_state_dict_pre_hook(_accept_published_keys)
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        concat_images: Tensor | None = None,
+        ofs: Tensor | float | None = None,
+    ) -> Tensor:
+        """Velocity of the latents ``x``.
+
+        x: (B, T, C, H, W), any size that the patch divides;  timesteps: (B,) in [0, 1000), integers or fractions;
+        context: (B, text_length, text_hidden_size);  concat_images: (B, T, C', H, W), C + C' = in_channels;
+        ofs: a number or (B,), for networks with that input (published: 2.0).
+        Returns (B, T, out_channels, H, W) in the dtype of x; inside, the network computes in its weights' dtype.
+        """
+        self._check_inputs(x, timesteps, context, concat_images, ofs)
+        video = x if concat_images is None else torch.cat((x, concat_images.to(x.dtype)), dim=2)
+        dtype = self.time_embed[0].weight.dtype
+        frames, height, width = self.patch_size
+        grid = (video.shape[1] // frames, video.shape[3] // height, video.shape[4] // width)
+        velocity = super().forward(
+            video.to(dtype),
+            position_ids=None,
+            attention_mask=None,
+            context=context.to(dtype),
+            emb=self.embed_time(timesteps, ofs),
+            grid=grid,
+            text_length=context.shape[1],
+        )
+        return velocity.to(x.dtype)
+
+    def embed_time(self, timesteps: Tensor, ofs: Tensor | float | None = None) -> Tensor:
+        """(B, E): the MLP of the timestep's sinusoid, plus that of ``ofs``. Sinusoids are float32, then cast."""
+        dtype = self.time_embed[0].weight.dtype
+        emb = self.time_embed(sinusoid(timesteps.reshape(-1), self.hidden_size).to(dtype))
+        if ofs is not None:
+            ofs = torch.as_tensor(ofs, dtype=torch.float32, device=emb.device).reshape(-1)
+            emb = emb + self.ofs_embed(sinusoid(ofs, self.ofs_embed_dim).to(dtype))
+        return emb
+
+    def _check_inputs(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        images: Tensor | None,
+        ofs: Tensor | float | None,
+    ) -> None:
+        if x.ndim != 5:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, T, C, H, W)")
+        batch, frames, channels, height, width = x.shape
+        expected = (batch, frames, self.in_channels - channels, height, width)
+        if images is None and channels != self.in_channels:
+            hint = "; an image-to-video network needs concat_images" if channels < self.in_channels else ""
+            raise ValueError(
+                f"x has {channels} channels, expected model.transformer.in_channels={self.in_channels}{hint}"
+            )
+        if images is not None and tuple(images.shape) != expected:
+            raise ValueError(
+                f"concat_images has shape {tuple(images.shape)}, expected {expected}: the frames and size of x, and "
+                f"together with x model.transformer.in_channels={self.in_channels} channels"
+            )
+        if frames % self.patch_size[0]:
+            raise ValueError(
+                f"{frames} latent frames: model.transformer.patch_size={list(self.patch_size)} needs a multiple of "
+                f"{self.patch_size[0]} (CogVideoX1.5 puts one latent in front)"
+            )
+        _spatial_grid(height, width, self.patch_size)
+        if context.shape[:2] != (batch, self.text_length):
+            raise ValueError(
+                f"context has shape {tuple(context.shape)}, expected batch {batch} and "
+                f"model.transformer.text_length={self.text_length} tokens"
+            )
+        if timesteps.numel() not in (1, batch):
+            raise ValueError(f"{timesteps.numel()} timesteps for a batch of {batch}")
+        if (ofs is None) != (self.ofs_embed_dim is None):
+            raise ValueError(
+                f"ofs={ofs} for a network with model.transformer.ofs_embed_dim={self.ofs_embed_dim}: "
+                + ("it needs ofs (2.0 at inference)" if ofs is None else "it has no ofs input")
+            )
+
+
+def _check_geometry(
+    hidden_size: int, num_attention_heads: int, time_embed_dim: int, ofs_embed_dim: int | None, patch_size
+) -> None:
+    if hidden_size % num_attention_heads:
+        raise ValueError(
+            f"model.transformer.num_attention_heads={num_attention_heads} does not divide "
+            f"model.transformer.hidden_size={hidden_size}"
+        )
+    if hidden_size % 2:
+        raise ValueError(
+            f"model.transformer.hidden_size={hidden_size} must be even: sines and cosines of the timestep"
+        )
+    if ofs_embed_dim not in (None, time_embed_dim) or (ofs_embed_dim or 0) % 2:
+        raise ValueError(
+            f"model.transformer.ofs_embed_dim={ofs_embed_dim} must be even and equal "
+            f"model.transformer.time_embed_dim={time_embed_dim}: the two embeddings are added"
+        )
+    if len(patch_size) != 3:
+        raise ValueError(f"model.transformer.patch_size={patch_size}: expected three numbers, [t, h, w]")
+
+
+def _spatial_grid(height: int, width: int, patch_size: tuple[int, int, int]) -> tuple[int, int]:
+    _, p, q = patch_size
+    if height % p or width % q:
+        raise ValueError(
+            f"a latent of {height}x{width} (height x width) is not divided by model.transformer.patch_size="
+            f"{list(patch_size)}: nearest below is {height // p * p}x{width // q * q}"
+        )
+    return height // p, width // q
+
+
+def _make_mixin(
+    key: str, factory: BaseMixin | Callable[..., BaseMixin], geometry: dict[str, Any]
+) -> BaseMixin:
+    """Call ``factory`` with the part of ``geometry`` that its signature names and its own parameters do not set."""
+    if isinstance(factory, BaseMixin):
+        return factory
+    fixed = getattr(factory, "keywords", {})  # of a functools.partial: the parameters of the YAML file
+    signature = inspect.signature(factory)
+    arguments = {
+        name: geometry[name] for name in signature.parameters if name in geometry and name not in fixed
+    }
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"model.transformer.{key}: {factory} cannot be built, {error}; "
+            f"give it in params, or name one of {', '.join(geometry)}"
+        ) from error
+    mixin = factory(**arguments)
+    if not isinstance(mixin, BaseMixin):
+        raise ValueError(
+            f"model.transformer.{key}: {factory} made a {type(mixin).__name__}, expected a SAT BaseMixin"
+        )
+    return mixin
+
+
+def _accept_published_keys(module: ExpertTransformer, state_dict: dict, prefix: str, *_) -> None:
+    """Take a published state dict as it is: with its prefix, and with values that the network does not use."""
+    if not prefix:
+        for key in [key for key in state_dict if key.startswith(PREFIX)]:
+            state_dict[key.removeprefix(PREFIX)] = state_dict.pop(key)
+    for key in UNUSED_KEYS:
+        state_dict.pop(prefix + key, None)

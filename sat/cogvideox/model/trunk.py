@@ -1,0 +1,106 @@
+"""The trunk of a SAT model: plain transformer layers whose parts mixins may take over.
+
+SAT's own trunk (``sat.model.transformer.BaseTransformer``) needs a process group to be built and in every backward,
+reseeds the random generators, creates embeddings that CogVideoX never uses, and breaks a compiled graph in every
+layer. This one keeps its names, hooks and keys, at model-parallel size 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cogvideox.model.attention import SelfAttention
+
+
+class MLP(nn.Module):
+    """Linear, GELU (tanh form), linear."""
+
+    def __init__(self, hidden_size: int, hooks: dict):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(hidden_size, 4 * hidden_size)
+        self.dense_4h_to_h = nn.Linear(4 * hidden_size, hidden_size)
+        self.hooks = hooks
+
+    def forward(self, hidden_states: Tensor, **kw_args) -> Tensor:
+        if "mlp_forward" in self.hooks:
+            return self.hooks["mlp_forward"](hidden_states, **kw_args)
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+
+
+class TransformerLayer(nn.Module):
+    """A pre-norm transformer layer: the modules, and their plain order where no mixin has another."""
+
+    def __init__(self, layer_id: int, hidden_size: int, num_attention_heads: int, hooks: dict):
+        super().__init__()
+        self.layer_id = layer_id
+        self.input_layernorm = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.attention = SelfAttention(hidden_size, num_attention_heads, hooks)
+        self.post_attention_layernorm = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.mlp = MLP(hidden_size, hooks)
+        self.hooks = hooks
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None, **kw_args) -> Tensor:
+        kw_args["layer_id"] = self.layer_id
+        if "layer_forward" in self.hooks:
+            return self.hooks["layer_forward"](hidden_states, mask, **kw_args)
+        hidden_states = hidden_states + self.attention(self.input_layernorm(hidden_states), mask, **kw_args)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), **kw_args)
+
+
+class Trunk(nn.Module):
+    """What ``BaseModel`` calls ``transformer``: embed, the layers, the last layer norm, and out.
+
+    ``hooks`` maps SAT's hook names to the mixins' methods; every module of the trunk holds the same dictionary.
+    """
+
+    def __init__(
+        self, num_layers: int, hidden_size: int, num_attention_heads: int, checkpoint_activations: bool
+    ):
+        super().__init__()
+        self.hooks: dict[str, Callable] = {}  # filled by BaseModel.forward
+        self.checkpoint_activations = checkpoint_activations
+        self.layers = nn.ModuleList(
+            TransformerLayer(i, hidden_size, num_attention_heads, self.hooks) for i in range(num_layers)
+        )
+        self.final_layernorm = nn.LayerNorm(hidden_size, eps=1e-5)
+
+    @torch.no_grad()
+    def init_weights(self, std: float = 0.02) -> None:
+        """SAT's initialisation: N(0, std), the products that end a residual branch N(0, std / sqrt(2 layers))."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                ends_branch = name.endswith((".dense", ".dense_4h_to_h"))
+                module.weight.normal_(std=std / (2 * len(self.layers)) ** 0.5 if ends_branch else std)
+                module.bias.zero_()
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, **kw_args
+    ):
+        # Unlike in SAT, what the embedding hooks leave in `output_cross_layer` reaches every layer.
+        cross_layer: dict[str, Any] = {}
+        hidden_states = self.hooks["word_embedding_forward"](
+            input_ids, output_cross_layer=cross_layer, **kw_args
+        )  # (B, S, D)
+        if "position_embedding_forward" in self.hooks:
+            position = self.hooks["position_embedding_forward"](
+                position_ids, output_cross_layer=cross_layer, **kw_args
+            )
+            if position is not None:
+                hidden_states = hidden_states + position.to(hidden_states.dtype)
+        kw_args |= cross_layer
+        for layer in self.layers:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                hidden_states = checkpoint(
+                    layer, hidden_states, attention_mask, use_reentrant=False, **kw_args
+                )
+            else:
+                hidden_states = layer(hidden_states, attention_mask, **kw_args)
+        return self.hooks["final_forward"](self.final_layernorm(hidden_states), **kw_args)
