@@ -16,8 +16,9 @@ PACKAGE = ROOT / "sat" / "cogvideox"
 # A unit is a folder of the package, or a file directly in it. Each may import itself and what stands in its row.
 ALLOWED = {
     "config_merge": set(),
-    "upstream_source": {"config_merge"},
-    "upstream_yaml": {"config_merge", "upstream_source"},
+    "upstream_rules": set(),
+    "upstream_source": {"config_merge", "upstream_rules"},
+    "upstream_yaml": {"config_merge", "upstream_rules", "upstream_source"},
     "config": {"config_merge", "upstream_yaml"},
     "environment": set(),
     "build": set(),
@@ -29,7 +30,7 @@ ALLOWED = {
     "data": set(),
     "weights": set(),
     "plan": {"config", "config_merge"},
-    "engine": {"config", "dist", "weights"},
+    "engine": {"config", "build", "dist", "environment", "weights"},
     "system": {"config", "build", "dist", "model", "conditioning", "vae", "diffusion", "weights", "data"},
     "sampling": {"config", "environment", "dist", "system", "data", "weights"},
     "command_line": {"config_merge", "environment"},

@@ -1,0 +1,63 @@
+"""What the doors share: ``--base``, ``--dry-run``, ``key=value``, and one clear line for a user's mistake."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable
+
+from cogvideox import environment
+from cogvideox.config_merge import ConfigError
+
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="YAML files, merged left to right; key=value overrides may follow",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the merged config and the plan, run nothing"
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides such as train.steps=10")
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """(arguments, YAML files, overrides). Overrides may stand anywhere, with or without leading dashes."""
+    arguments, unknown = parser.parse_known_args(argv)
+    dotted = [u for u in unknown if u.startswith("--") and "=" in u and "." in u.split("=")[0]]
+    stray = [u for u in unknown if u not in dotted]
+    if stray:
+        known = [o for action in parser._actions for o in action.option_strings]
+        near = difflib.get_close_matches(stray[0].split("=")[0], known, n=1)
+        parser.error(
+            f"unknown argument {stray[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        )
+    files = [item for item in arguments.base if "=" not in item]
+    overrides = [item for item in arguments.base if "=" in item] + arguments.overrides
+    return arguments, files, overrides + [u.removeprefix("--") for u in dotted]
+
+
+def run_door(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Run a door's ``main``. A user's mistake ends in one line on stderr and exit code 2, not in a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return main(argv) or 0
+    except USER_ERRORS as error:
+        if "--traceback" in argv:
+            raise
+        # Every rank meets the same mistake in the configuration; one of them says so. The rest is that rank's own.
+        if environment.rank() == 0 or not isinstance(error, ConfigError):
+            print(f"error: {str(error) or repr(error)}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if "cogvideox.dist" in sys.modules:
+            sys.modules["cogvideox.dist"].shutdown()

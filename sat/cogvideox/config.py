@@ -1,0 +1,340 @@
+"""Configuration: one dataclass per section, what each key means, and the checks that need more than one key.
+
+``load_config(["configs/cogvideox_5b.yaml", "configs/lora.yaml"], ["train.steps=10"])`` merges left to right (later
+wins), checks every key and type against the dataclasses below, checks every ``{target, params}`` part against the
+signature of its target, and returns a typed ``Config``. The mechanics are in ``config_merge.py``.
+
+Neither torch nor SAT is imported here, so that a mistake in a YAML answers at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cogvideox.config_merge import ConfigError, Part, merge_files, set_by_path, to_dataclass, to_yaml
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Part",
+    "config_from_dict",
+    "latent_frames",
+    "load_config",
+    "nearest_frame_counts",
+    "save_config",
+]
+
+
+@dataclass
+class RunConfig:
+    dir: str | None = None
+    # The run folder: the same command with the same folder resumes. None: runs/<names of the YAML files>.
+
+
+@dataclass
+class TransformerConfig:
+    """The expert transformer. The architecture has no defaults: width and depth come from the YAML."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    in_channels: int
+    # Latent channels in, channel-concatenated condition included (I2V: 16 noisy + 16 image = 32).
+    out_channels: int
+    time_embed_dim: int
+    patch_size: list[int]
+    # [t, h, w]: [1, 2, 2] for CogVideoX 1.0 (a convolution per frame), [2, 2, 2] for 1.5 (a linear layer).
+    text_length: int
+    text_hidden_size: int
+    num_frames: int
+    # Pixel frames of the trained clips (49; 1.5: 81).
+    latent_height: int
+    latent_width: int
+    # Latent grid of the trained resolution (60 x 90). Other sizes work; a learned table ends there.
+    position: Part
+    ofs_embed_dim: int | None = None
+    # Width of the sinusoid of the ``ofs`` input (1.5-I2V: 512). None: the network has no such input.
+    patch_embed: Part = field(default_factory=lambda: Part("cogvideox.model.patch_embed.PatchEmbed"))
+    adaln: Part = field(default_factory=lambda: Part("cogvideox.model.adaln.ExpertAdaLN"))
+    final_layer: Part = field(default_factory=lambda: Part("cogvideox.model.final_layer.FinalLayer"))
+    checkpoint_activations: bool = False
+    # Recompute each layer in the backward pass: one forward more, a fraction of the memory.
+
+
+@dataclass
+class ModelConfig:
+    transformer: TransformerConfig | None = None
+    # None in runs that train the VAE alone.
+    schedule: Part = field(default_factory=lambda: Part("cogvideox.diffusion.schedule.ZeroSNRSchedule"))
+    # The only noise schedule: training and sampling both read it.
+    timesteps: Part = field(default_factory=lambda: Part("cogvideox.diffusion.timesteps.StratifiedTimesteps"))
+    # How training timesteps are drawn.
+    loss: Part = field(default_factory=lambda: Part("cogvideox.diffusion.loss.v_prediction_loss"))
+    # (prediction, target, t, schedule) -> (loss, metrics).
+    offset_noise: float = 0.0
+    # Standard deviation of a constant added to each sample's noise; 0 is off.
+    conditions: list[Part] = field(default_factory=list)
+    # Each item turns a batch into text tokens or concatenated channels.
+    ofs: float = 2.0
+    # Value of the network's ofs input, where it has one.
+
+
+@dataclass
+class VAEConfig:
+    """The 3D causal VAE."""
+
+    channels: int
+    channel_multipliers: list[int]
+    num_res_blocks: int
+    z_channels: int
+    scale_factor: float
+    # Latents are multiplied by it after encoding (2B: 1.15258426, the others 0.7).
+    in_channels: int = 3
+    temporal_compression: int = 4
+    norm_groups: int = 32
+    encode_frames_per_pass: int | None = None
+    # None: the whole clip in one pass (SAT). 8: diffusers' batching (9 frames, then 8 by 8).
+    precision: str = "fp32"
+
+    @property
+    def spatial_compression(self) -> int:
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+@dataclass
+class LoadConfig:
+    transformer: str | None = None
+    vae: str | None = None
+    text_encoder: str | None = None
+    lora: str | None = None
+    # Each: a SAT folder or file, a run folder of ours, a diffusers folder, or safetensors. None: random weights.
+    ema: bool = True
+    # Take the averaged weights of a run folder where it has them.
+    force_fp16: bool = False
+    # Allow fp16 for weights that were trained in bf16 (5B, 1.5), which overflow in it.
+
+
+@dataclass
+class LoraConfig:
+    rank: int
+    alpha: float = 1.0
+    # The update is scaled by alpha / rank. 1 is SAT's value; diffusers users expect alpha = rank.
+    layers: list[str] = field(default_factory=lambda: ["query_key_value", "dense"])
+    # Names of the linear layers inside a transformer layer.
+    transformer_layers: list[int] | None = None
+    # Indices of the transformer layers. None: all.
+
+
+@dataclass
+class DataConfig:
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    path: str | None = None
+    # A folder of videos with captions; data/README.md shows the layouts that are recognised.
+    target: str = "cogvideox.data.video_folder.VideoFolder"
+    params: dict[str, Any] = field(default_factory=dict)
+    # Further arguments of the dataset (skip_frames, on_bad_clip, on_missing_caption, max_bad_fraction ...).
+    validation_path: str | None = None
+    # A second folder, never trained on. None: no validation loss.
+    num_workers: int = 2
+    # Loader processes per rank; 0 reads in the training process.
+    latent_cache: str | None = None
+    # Folder where each clip's latents are kept, encoded once. None: encode in every step.
+    cache_in_memory_gib: float = 1.0
+    # Cached latents up to this size are also held in memory.
+
+
+@dataclass
+class TrainConfig:
+    steps: int
+    batch_size: int
+    # Clips per rank and micro-step.
+    optimizer: Part
+    gradient_accumulation_steps: int = 1
+    gradient_clipping: float = 1.0
+    # Maximum L2 norm of the gradient; 0 is off.
+    precision: str = "bf16"
+    # fp32, bf16, or fp16 (GPU only).
+    lr_schedule: str = "constant"
+    # constant, cosine or linear, after the warm-up.
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    # The decaying schedules end at this fraction of the learning rate.
+    ema_decay: float | None = None
+    # None: no averaged weights.
+    log_every: int = 20
+    save_every: int = 500
+    validate_every: int | None = None
+    validation_batches: int = 4
+    keep_checkpoints: int | None = 3
+    # None keeps all.
+    max_nonfinite_steps: int = 20
+    # Consecutive steps with a non-finite loss or gradient after which the run stops.
+    trackers: list[str] = field(default_factory=list)
+    # Any of wandb, tensorboard. metrics.jsonl is always written.
+    resume: str = "auto"
+    # auto: go on from the newest checkpoint of run.dir; never: refuse a used folder.
+    timeout_minutes: float = 30.0
+    # A collective that takes longer ends the run (a hung rank).
+
+
+@dataclass
+class SampleConfig:
+    steps: int
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    batch_size: int = 1
+    # Prompts denoised together.
+    precision: str = "bf16"
+    negative_prompt: str | None = None
+    unconditional: str = "zeros"
+    # zeros: as published and trained; empty_prompt: the text encoder's output for "", as diffusers does.
+    merge_lora: bool = True
+    # Fold the adapters into the weights before sampling.
+    image_latent_scale: str = "training"
+    # 1.5-I2V image latents exist in three conventions: training 0.7 z, sat_sampling z, diffusers z / 0.7.
+    output_dir: str = "outputs/samples"
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    seed: int = 0
+    system: Part = field(default_factory=lambda: Part("cogvideox.system.VideoDiffusion"))
+    # What turns a batch into a loss.
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vae: VAEConfig | None = None
+    load: LoadConfig = field(default_factory=LoadConfig)
+    lora: LoraConfig | None = None
+    data: DataConfig | None = None
+    train: TrainConfig | None = None
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    # Passed to DeepSpeed; ZeRO-2 where it names no stage.
+    sampler: Part = field(default_factory=lambda: Part("cogvideox.diffusion.samplers.dpmpp_2m_sde"))
+    guidance: Part = field(default_factory=lambda: Part("cogvideox.diffusion.guidance.ConstantGuidance"))
+    sample: SampleConfig | None = None
+
+
+def load_config(paths: list[str | Path], overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Merge YAML files (later wins) and ``key.path=value`` overrides into a checked ``Config``.
+
+    Raises ConfigError (a ValueError): unknown or misspelt key with the nearest right one, wrong type, missing value,
+    or values that contradict each other. YAML files of CogVideo's own ``sat/`` folder are recognised and translated.
+    """
+    from cogvideox.upstream_yaml import is_upstream, translate
+
+    paths = [Path(p) for p in paths]
+    merged = merge_files(paths, is_upstream=is_upstream, translate=translate)
+    config = config_from_dict(merged, overrides)
+    if config.run.dir is None:
+        config.run.dir = "runs/" + "-".join(p.stem for p in paths)
+    return config
+
+
+def config_from_dict(tree: dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """A checked ``Config`` from nested mappings, such as the ``config`` of a sidecar json."""
+    tree = copy.deepcopy(tree)
+    for override in overrides:
+        set_by_path(tree, override)
+    config = to_dataclass(Config, tree)
+    check(config)
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    Path(path).write_text(to_yaml(dataclasses.asdict(config)))
+
+
+def nearest_frame_counts(num_frames: int, multiple: int) -> str:
+    """``"45 or 49"``: the legal counts (multiple * k + 1) around an illegal one."""
+    below = max((num_frames - 1) // multiple, 0) * multiple + 1
+    return f"{below} or {below + multiple}"
+
+
+def check(config: Config) -> None:
+    """Checks that involve more than one key. Each error names the keys, what was found and what would be right."""
+    transformer, vae = config.model.transformer, config.vae
+    if transformer is not None:
+        _check_transformer(transformer)
+    for section, name in ((config.data, "data"), (config.sample, "sample")):
+        if section is not None and vae is not None:
+            _check_size(section, name, vae, transformer)
+    if transformer is not None and vae is not None:
+        if transformer.out_channels != vae.z_channels:
+            raise ConfigError(
+                f"model.transformer.out_channels={transformer.out_channels} but vae.z_channels={vae.z_channels}: "
+                f"the network predicts latents, both must be the same number"
+            )
+        concatenated = transformer.in_channels - transformer.out_channels
+        has_image = any("FirstFrame" in part.target for part in config.model.conditions)
+        if has_image and concatenated != vae.z_channels:
+            raise ConfigError(
+                f"model.transformer.in_channels={transformer.in_channels}: with an image condition it must be "
+                f"{2 * vae.z_channels} (twice vae.z_channels)"
+            )
+    if config.data is not None and config.data.latent_cache:
+        if any("FirstFrame" in part.target for part in config.model.conditions):
+            raise ConfigError(
+                "data.latent_cache cannot be used with an image condition, which adds noise to the pixels of the "
+                "first frame in every step; set data.latent_cache=null"
+            )
+    for precision, name in (
+        (config.train.precision if config.train else None, "train.precision"),
+        (config.sample.precision if config.sample else None, "sample.precision"),
+        (vae.precision if vae else None, "vae.precision"),
+    ):
+        if precision not in (None, "fp32", "bf16", "fp16"):
+            raise ConfigError(f"{name}={precision!r}: expected fp32, bf16 or fp16")
+    for index, part in enumerate(config.model.conditions):
+        length = part.params.get("max_length")
+        if transformer is not None and length is not None and length != transformer.text_length:
+            raise ConfigError(
+                f"model.conditions.{index}.params.max_length={length} but model.transformer.text_length="
+                f"{transformer.text_length}: the text encoder pads to the length that the network was built for"
+            )
+
+
+def _check_transformer(t: TransformerConfig) -> None:
+    if t.hidden_size % t.num_attention_heads:
+        legal = [h for h in range(1, t.hidden_size + 1) if t.hidden_size % h == 0]
+        near = min(legal, key=lambda h: abs(h - t.num_attention_heads))
+        raise ConfigError(
+            f"model.transformer.num_attention_heads={t.num_attention_heads} does not divide "
+            f"model.transformer.hidden_size={t.hidden_size}; the nearest that does is {near}"
+        )
+    if len(t.patch_size) != 3 or min(t.patch_size) < 1:
+        raise ConfigError(f"model.transformer.patch_size={t.patch_size}: expected three numbers [t, h, w]")
+
+
+def _check_size(section: Any, name: str, vae: VAEConfig, transformer: TransformerConfig | None) -> None:
+    patch = transformer.patch_size if transformer else [1, 1, 1]
+    multiple = vae.temporal_compression
+    if (section.num_frames - 1) % multiple or section.num_frames < 1:
+        raise ConfigError(
+            f"{name}.num_frames={section.num_frames}: the VAE needs {multiple}k+1 frames; "
+            f"use {nearest_frame_counts(section.num_frames, multiple)}"
+        )
+    for axis, p in (("height", patch[1]), ("width", patch[2])):
+        unit, value = vae.spatial_compression * p, getattr(section, axis)
+        if value % unit or value <= 0:
+            low = max(value // unit, 1) * unit
+            raise ConfigError(
+                f"{name}.{axis}={value}: it must be a multiple of {unit} (VAE {vae.spatial_compression} x patch {p}); "
+                f"use {low} or {low + unit}"
+            )
+
+
+def latent_frames(num_frames: int, config: Config) -> int:
+    """Latent frames the network sees for a clip: (frames - 1) / 4 + 1, padded to a multiple of the temporal patch."""
+    frames = (num_frames - 1) // config.vae.temporal_compression + 1
+    patch_t = config.model.transformer.patch_size[0]
+    return math.ceil(frames / patch_t) * patch_t

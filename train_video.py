@@ -1,0 +1,116 @@
+"""Train a CogVideoX-type model: config -> data and system -> weights -> Trainer.run.
+
+torchrun --standalone --nproc_per_node=8 train_video.py --base configs/cogvideox_5b.yaml configs/lora.yaml data.path=...
+
+The same command resumes. ``--dry-run`` prints the merged configuration and what it will cost, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from cogvideox import environment
+from cogvideox.build import build
+from cogvideox.command_line import add_config_arguments, parse, run_door
+from cogvideox.config import Config, ConfigError, Part, load_config, save_config
+from cogvideox.plan import describe
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    arguments, files, overrides = parse(parser, argv)
+    if not files:
+        parser.error(
+            "--base is missing: name the YAML files, such as configs/cogvideox_5b.yaml configs/lora.yaml"
+        )
+    config = load_config(files, overrides)
+    for section in ("train", "data"):
+        if getattr(config, section) is None:
+            raise ConfigError(
+                f"the section {section} is missing: add an overlay such as configs/sft.yaml or lora.yaml"
+            )
+    if arguments.dry_run:
+        print(describe(config, world_size=environment.world_size()))
+        return 0
+    if config.data.path is None:
+        raise ConfigError(
+            "data.path is missing: a folder of videos with captions (data/README.md shows the layouts)"
+        )
+    train(config)
+    return 0
+
+
+def train(config: Config) -> None:
+    # torch, SAT and DeepSpeed are imported only now: a mistake in the configuration answers at once.
+    from cogvideox import dist
+    from cogvideox.data.fixed_batches import FixedBatches
+    from cogvideox.data.loader import ResumableLoader
+    from cogvideox.engine.trainer import Trainer
+    from cogvideox.engine.validation import HeldOutLoss
+
+    dist.init(config.train.timeout_minutes)
+    run_dir = open_run_folder(config)
+
+    train_set = open_data(config, config.data.path)
+    validation_set = open_data(config, config.data.validation_path) if config.data.validation_path else None
+
+    system = build(config.system, config=config)
+    system.load_weights()
+    system.prepare_training(dist.device())
+    if config.data.latent_cache:
+        train_set = system.with_latent_cache(train_set)
+        validation_set = validation_set and system.with_latent_cache(validation_set)
+
+    loader = ResumableLoader(
+        train_set,
+        config.train.batch_size,
+        config.seed,
+        dist.rank(),
+        dist.world_size(),
+        config.data.num_workers,
+    )
+    validate = None
+    if validation_set is not None:
+        batches = FixedBatches(validation_set, config.train.batch_size, config.train.validation_batches)
+        validate = HeldOutLoss(batches, config.seed)
+
+    trainer = Trainer(
+        system,
+        loader,
+        config.train,
+        run_dir,
+        deepspeed_overrides=config.deepspeed,
+        seed=config.seed,
+        validate=validate,
+    )
+    trainer.run()
+
+
+def open_run_folder(config: Config) -> Path:
+    """The run folder, with the merged configuration and each command that worked on it."""
+    folder = Path(config.run.dir)
+    if environment.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+        with (folder / "command.txt").open("a") as file:
+            file.write(
+                f"{shlex.join(sys.argv)}\n  {environment.world_size()} ranks, {environment.versions()}\n"
+            )
+    return folder
+
+
+def open_data(config: Config, path: str):
+    """The dataset of the section ``data`` at ``path``. A clip that cannot be used is an error now, not in step 1000."""
+    section = config.data
+    size = {name: getattr(section, name) for name in ("num_frames", "height", "width", "fps")}
+    return build(Part(section.target, section.params), path=path, **size, seed=config.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main))
