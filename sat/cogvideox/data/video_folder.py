@@ -1,0 +1,220 @@
+"""A folder of videos with captions as a map-style dataset of equal clips.
+
+All files are looked at before training starts, without decoding; what is missing, damaged or too short is an error or
+a counted and listed skip, never silent. The layouts on disk: ``layouts.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from cogvideox.data.frames import FrameSelection, check_frame_count, select_frames
+from cogvideox.data.layouts import Clip, find_clips
+from cogvideox.data.reader import VideoError, VideoReader, open_video, verify_video
+from cogvideox.data.transforms import CROPS, crop, resize_to_cover
+
+logger = logging.getLogger(__name__)
+
+_CHOICES = ("error", "skip")
+
+
+class VideoFolder(Dataset):
+    """Clips of ``num_frames`` frames at ``fps``, ``height`` x ``width``, cut from the start of each video.
+
+    path: a folder or metadata file, or a list of them.
+    num_frames: frame_multiple * k + 1. frame_multiple: 4; CogVideoX 1.5 takes 16.
+    skip_frames: frames of the video left out at both ends (title cards, cuts).
+    crop: "center", or "random": another place each epoch, drawn from (seed, epoch, clip).
+    on_missing_caption, on_bad_clip: "error", or "skip", which leaves the clip out, counts and lists it; a clip is bad
+        that cannot be read or is too short. More than max_bad_fraction of such clips are an error all the same.
+    scan: "headers" reads no pictures; "decode" also decodes every frame once, strictly, which alone finds damage inside
+        a file; None looks at nothing before training.
+    decoder: "auto" (decord, else PyAV), "decord", "pyav".
+
+    Item: video (F, 3, H, W) uint8, caption, key (path within the folder), fps (real, as a float; see ``report``).
+    """
+
+    def __init__(
+        self,
+        path: str | Path | Sequence[str | Path],
+        num_frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        skip_frames: int = 0,
+        frame_multiple: int = 4,
+        crop: str = "center",
+        seed: int = 0,
+        on_missing_caption: str = "error",
+        on_bad_clip: str = "error",
+        max_bad_fraction: float = 0.1,
+        layout: str | None = None,
+        video_column: str | None = None,
+        caption_column: str | None = None,
+        scan: str | None = "headers",
+        decoder: str = "auto",
+    ):
+        check_frame_count(num_frames, frame_multiple, "data.num_frames")
+        for name, value, choices in (
+            ("crop", crop, CROPS),
+            ("on_missing_caption", on_missing_caption, _CHOICES),
+            ("on_bad_clip", on_bad_clip, _CHOICES),
+            ("scan", scan, ("headers", "decode", None)),
+        ):
+            if value not in choices:
+                raise ValueError(f"data.{name}={value!r}: expected one of {', '.join(map(str, choices))}")
+        self.num_frames, self.frame_multiple = num_frames, frame_multiple
+        self.size = (height, width)
+        self.fps, self.skip_frames = float(fps), skip_frames
+        self.crop, self.seed = crop, seed
+        self.on_bad_clip, self.max_bad_fraction = on_bad_clip, max_bad_fraction
+        self.decoder = decoder
+
+        clips, self.layouts = self._find(path, layout, video_column, caption_column)
+        self.skipped: dict[str, str] = {}  # key -> reason
+        self.flagged: dict[str, str] = {}  # used, but not at the wanted frame rate
+        with_caption = [clip for clip in clips if clip.caption is not None]
+        missing = {clip.key: "has no caption" for clip in clips if clip.caption is None}
+        self._refuse_or_skip(missing, on_missing_caption, "on_missing_caption", len(clips))
+        bad = {} if scan is None else self._scan(with_caption, decode=scan == "decode")
+        self._refuse_or_skip(bad, on_bad_clip, "on_bad_clip", len(clips))
+        self.clips = [clip for clip in with_caption if clip.key not in bad]
+        if len(self.skipped) > max_bad_fraction * len(clips) or not self.clips:
+            raise ValueError(
+                f"{len(self.skipped)} of {len(clips)} clips are unusable, more than data.max_bad_fraction="
+                f"{max_bad_fraction}:\n{_listed(self.skipped)}"
+            )
+        if self.skipped or self.flagged:
+            logger.warning("%s", self.report())
+
+    @staticmethod
+    def _find(path, layout, video_column, caption_column) -> tuple[list[Clip], list[str]]:
+        roots = [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
+        if not roots:
+            raise ValueError("data.path is an empty list: expected at least one folder")
+        clips, layouts = [], []
+        for root in roots:
+            name, found = find_clips(root, layout, video_column, caption_column)
+            layouts.append(name)
+            prefix = f"{root.as_posix()}/" if len(roots) > 1 else ""
+            clips += [Clip(prefix + clip.key, clip.path, clip.caption) for clip in found]
+        repeated = [key for key, count in Counter(clip.key for clip in clips).items() if count > 1]
+        if repeated:
+            raise ValueError(f"data.path: listed more than once: {', '.join(repeated[:3])}")
+        return clips, layouts
+
+    def _refuse_or_skip(self, reasons: dict[str, str], choice: str, option: str, total: int) -> None:
+        if reasons and choice == "error":
+            raise ValueError(
+                f"{len(reasons)} of {total} clips cannot be used:\n{_listed(reasons)}\n"
+                f"Mend them, or set data.{option}=skip to leave them out"
+            )
+        self.skipped |= reasons
+
+    def _scan(self, clips: list[Clip], decode: bool) -> dict[str, str]:
+        """key -> reason of the bad ones; flags the clips at another frame rate."""
+
+        def look(clip: Clip) -> tuple[str | None, str | None]:
+            try:
+                if decode:
+                    verify_video(clip.path)
+                selection = self._select(clip)[1]
+            except VideoError as error:
+                return str(error), None
+            if selection.has_wrong_fps:
+                return None, f"gives {selection.fps:.2f} distinct frames per second instead of {self.fps:g}"
+            return None, None
+
+        bad: dict[str, str] = {}
+        with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as threads:  # FFmpeg releases the GIL
+            for clip, (reason, flag) in zip(clips, threads.map(look, clips), strict=True):
+                if reason is not None:
+                    bad[clip.key] = reason
+                if flag is not None:
+                    self.flagged[clip.key] = flag
+        return bad
+
+    def _select(self, clip: Clip) -> tuple[VideoReader, FrameSelection]:
+        """An open reader and exactly num_frames frames of it; VideoError where the video is too short."""
+        reader = open_video(clip.path, self.decoder)
+        selection = select_frames(
+            reader.timestamps, self.fps, self.num_frames, self.skip_frames, self.frame_multiple
+        )
+        if len(selection.indices) != self.num_frames:
+            usable = max(0, reader.num_frames - 2 * self.skip_frames)
+            raise VideoError(
+                f"{clip.path}: too short, {usable} usable frames at {reader.average_fps:.4g} fps give "
+                f"{len(selection.indices)} frames at {self.fps:g} fps; data.num_frames={self.num_frames}"
+            )
+        return reader, selection
+
+    def report(self) -> str:
+        """Counts, then every skipped and flagged clip with its reason."""
+        lines = [f"{len(self.clips)} clips in the layout {', '.join(dict.fromkeys(self.layouts))}"]
+        if self.skipped:
+            lines += [f"{len(self.skipped)} skipped:", _listed(self.skipped, limit=None)]
+        if self.flagged:
+            lines += [
+                f"{len(self.flagged)} at another frame rate than asked:",
+                _listed(self.flagged, limit=None),
+            ]
+        return "\n".join(lines)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.item(index, epoch=0)
+
+    def item(self, index: int, epoch: int) -> dict:
+        """The clip as this epoch shows it (the crop may be random). ``VideoError`` where it cannot be decoded."""
+        clip = self.clips[index]
+        reader, selection = self._select(clip)
+        video = torch.from_numpy(reader.get_frames(selection.indices)).permute(0, 3, 1, 2)
+        generator = None
+        if self.crop == "random":
+            text = f"{self.seed}/{epoch}/{clip.key}"
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        video = crop(resize_to_cover(video, self.size), self.size, self.crop, generator)
+        return {"video": video, "caption": clip.caption, "key": clip.key, "fps": selection.fps}
+
+    def describe(self, index: int) -> dict:
+        """The item without its pixels: caption and key."""
+        return {"caption": self.clips[index].caption, "key": self.clips[index].key}
+
+    def fingerprint(self, index: int) -> str:
+        """Text that changes whenever the pixels of ``self[index]`` may change: the file's contents and all settings."""
+        settings = [self.num_frames, self.frame_multiple, self.size, self.fps, self.skip_frames, self.crop]
+        if self.crop == "random":
+            settings.append(self.seed)
+        return f"{_file_digest(self.clips[index].path)} {settings}"
+
+
+def _listed(reasons: dict[str, str], limit: int | None = 10) -> str:
+    lines = [f"  {key}: {reason}" for key, reason in list(reasons.items())[:limit]]
+    if limit is not None and len(reasons) > limit:
+        lines.append(f"  ... and {len(reasons) - limit} more")
+    return "\n".join(lines)
+
+
+def _file_digest(path: Path, piece: int = 1 << 20) -> str:
+    """Of the size and of the first, middle and last MiB: all of a small file, and in a large one the parts (index,
+    compressed data) that no change of the pictures leaves as they were. Independent of copying and time stamps."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as file:
+        starts = range(0, size, piece) if size <= 3 * piece else (0, (size - piece) // 2, size - piece)
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(piece))
+    return digest.hexdigest()
