@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cogvideox.config_merge import ConfigError, Part, merge_files, set_by_path, to_dataclass, to_yaml
+from cogvideox.config_merge import ConfigError, Part, dump_yaml, merge_files, set_by_path, to_dataclass
 
 __all__ = [
     "Config",
@@ -27,6 +27,7 @@ __all__ = [
     "load_config",
     "nearest_frame_counts",
     "save_config",
+    "to_yaml",
 ]
 
 
@@ -251,7 +252,12 @@ def config_from_dict(tree: dict[str, Any], overrides: list[str] | tuple[str, ...
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    Path(path).write_text(to_yaml(dataclasses.asdict(config)))
+    """Write the merged configuration as YAML that ``load_config`` reads back to the same ``Config``."""
+    Path(path).write_text(to_yaml(config))
+
+
+def to_yaml(config: Config) -> str:
+    return dump_yaml(dataclasses.asdict(config))
 
 
 def nearest_frame_counts(num_frames: int, multiple: int) -> str:

@@ -129,7 +129,7 @@ def resolve_interpolations(tree: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"cannot resolve an interpolation: {str(error).splitlines()[0]}") from error
 
 
-def to_yaml(tree: dict[str, Any]) -> str:
+def dump_yaml(tree: dict[str, Any]) -> str:
     import yaml
 
     return yaml.safe_dump(tree, sort_keys=False, width=110)
@@ -155,7 +155,16 @@ def _fill(cls: type, tree: Any, path: str, root: type) -> Any:
     for name, f in fields.items():
         where = f"{path}.{name}" if path else name
         if name in tree:
-            values[name] = _convert(tree[name], hints[name], where, root)
+            value = tree[name]
+            if (
+                hints[name] is Part
+                and isinstance(value, dict)
+                and f.default_factory is not dataclasses.MISSING
+            ):
+                value = merge(
+                    dataclasses.asdict(f.default_factory()), value
+                )  # params alone change the default part
+            values[name] = _convert(value, hints[name], where, root)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where} is missing: expected {_type_name(hints[name])}")
     result = cls(**values)
