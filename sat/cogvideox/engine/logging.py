@@ -1,0 +1,291 @@
+"""What a run says: one console line per logging step, a bar with the time left, ``metrics.jsonl``, and trackers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cogvideox import dist
+
+_GIB = 2**30
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def get_logger() -> logging.Logger:
+    """The logger ``cogvideox``: rank 0 speaks, the other ranks report errors only."""
+    logger = logging.getLogger("cogvideox")
+    if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
+        handler = _ConsoleHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.INFO if dist.is_main() else logging.ERROR)
+    return logger
+
+
+class Means:
+    """Running means of 0-d tensors on their device; ranks and devices are only waited for when they are read.
+
+    Values that are not finite do not count: a skipped step leaves the mean of the others, and a metric that exists in
+    some steps only (the loss of a timestep band without a sample) may be NaN in the rest.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            value = value.detach().float()
+            finite = torch.isfinite(value)
+            if name not in self._sums:
+                self._sums[name] = torch.zeros_like(value)
+                self._counts[name] = torch.zeros_like(value)
+            self._sums[name] += torch.where(finite, value, 0.0)
+            self._counts[name] += finite
+
+    def state(self) -> dict[str, tuple[float, float]]:
+        """Name -> (sum, count) of this rank; exact in JSON."""
+        return {name: (self._sums[name].item(), self._counts[name].item()) for name in self._sums}
+
+    def load(self, state: Mapping[str, tuple[float, float]], device: torch.device) -> None:
+        self._sums = {name: torch.tensor(float(s), device=device) for name, (s, _) in state.items()}
+        self._counts = {name: torch.tensor(float(n), device=device) for name, (_, n) in state.items()}
+
+    def flush(self) -> dict[str, float | None]:
+        """Means over everything added on all ranks since the last flush (every rank must call); None: no value."""
+        ranks = dist.gather(self.state())
+        self._sums.clear()
+        self._counts.clear()
+        return combine(ranks)
+
+
+def combine(parts: list[dict[str, tuple[float, float]]]) -> dict[str, float | None]:
+    """Means from (sum, count) pairs, added in the order given."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    means: dict[str, float | None] = {}
+    for name in names:
+        pairs = [part[name] for part in parts if name in part]
+        total, count = math.fsum(p[0] for p in pairs), sum(p[1] for p in pairs)
+        means[name] = total / count if count else None
+    return means
+
+
+class Stopwatch:
+    """Wall time per step since the last reading, apart the part spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._seconds = self._data = 0.0
+        self._steps = 0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - start
+        self._steps += 1
+
+    @contextmanager
+    def data(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._data += time.perf_counter() - start
+
+    def flush(self, samples_per_step: int) -> dict[str, float]:
+        steps, seconds, data = self._steps, self._seconds, self._data
+        self.__init__()
+        if not steps:
+            return {}
+        return {
+            "perf/step_s": seconds / steps,
+            "perf/data_s": data / steps,
+            "perf/samples_s": samples_per_step * steps / seconds,
+        }
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process in GiB: of the accelerator's allocator, or of the process on a CPU."""
+    if device.type == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+        return {"mem/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB}
+    module = torch.get_device_module(device)
+    return {
+        "mem/alloc_gib": module.max_memory_allocated(device) / _GIB,
+        "mem/reserved_gib": module.max_memory_reserved(device) / _GIB,
+    }
+
+
+class Tracker(Protocol):
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RunLog:
+    """``metrics.jsonl``, the console line, the bar and the trackers of one run. Only rank 0's writes anything."""
+
+    def __init__(self, run_dir: Path, *, steps: int, start: int, trackers: list[str]):
+        """start: steps already done. Lines of ``metrics.jsonl`` after it are dropped: they will be made again."""
+        self.path = run_dir / "metrics.jsonl"
+        self.steps, self.start, self.began = steps, start, time.perf_counter()
+        self.logger = get_logger()
+        self._trackers: list[Tracker] = []
+        self._file = None
+        if dist.is_main():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            truncate(self.path, start)
+            self._trackers = [_TRACKERS[name](run_dir) for name in trackers]
+            self._file = open(self.path, "a")
+        # disable=None: no bar where stderr is not a terminal; the console lines carry the time left there.
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if dist.is_main() else True,
+        )
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def write(self, step: int, record: Mapping[str, float | None]) -> None:
+        """One step's line, everywhere. A value that is not finite is stored as null."""
+        if self._file is None:
+            return
+        clean = {k: v if v is not None and math.isfinite(v) else None for k, v in record.items()}
+        self._file.write(json.dumps({"step": step, **clean}) + "\n")
+        self._file.flush()
+        self.logger.info(console_line(step, self.steps, clean, self._seconds_left(step)))
+        for tracker in self._trackers:
+            tracker.log(step, {k: v for k, v in clean.items() if v is not None})
+
+    def sync(self) -> None:
+        """Before a checkpoint of this step is published: its lines reach the disk first."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._bar.close()
+        for tracker in self._trackers:
+            tracker.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _seconds_left(self, step: int) -> float:
+        return (time.perf_counter() - self.began) / max(step - self.start, 1) * (self.steps - step)
+
+
+def console_line(step: int, steps: int, record: Mapping[str, float | None], seconds_left: float) -> str:
+    """``step  120/1800  loss 0.1234  grad 0.56  lr 1.0e-04  0.181 s/step  data 0.002 s  3.2 GiB  left 0:05:12``"""
+    columns = (
+        ("train/loss", "loss {:.4f}"),
+        ("val/loss", "val {:.4f}"),
+        ("train/grad_norm", "grad {:8.3g}"),
+        ("train/lr", "lr {:.2e}"),
+        ("perf/step_s", "{:.3f} s/step"),
+        ("perf/data_s", "data {:.3f} s"),
+        ("mem/rss_gib", "{:.1f} GiB"),
+        ("mem/alloc_gib", "{:.1f} GiB"),
+    )
+    parts = [f"step {step:{len(str(steps))}d}/{steps}"]
+    for name, pattern in columns:
+        if name in record:
+            value = record[name]
+            parts.append(pattern.format(math.nan if value is None else value))
+    if record.get("train/skipped_steps"):
+        parts.append(f"skipped {record['train/skipped_steps']:.0f}")
+    minutes, seconds = divmod(round(seconds_left), 60)
+    return "  ".join([*parts, f"left {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"])
+
+
+def truncate(path: Path, step: int) -> None:
+    """Keep the lines of ``metrics.jsonl`` up to ``step``; a line that a kill cut short goes too."""
+    if not path.is_file():
+        return
+    kept = [line for line, record in _records(path) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``, also of one that is being written."""
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = path.read_text().split("\n")
+    for line in lines[:-1]:  # what follows the last newline was cut short
+        yield line, json.loads(line)
+
+
+class WandbTracker:
+    """wandb, online or offline (WANDB_MODE=offline); the run goes on under its id after a resume."""
+
+    def __init__(self, run_dir: Path):
+        import wandb
+
+        id_file = run_dir / "wandb_id"
+        run_id = id_file.read_text().strip() if id_file.is_file() else uuid.uuid4().hex[:8]
+        id_file.write_text(run_id)
+        try:
+            self.run = wandb.init(
+                project="cogvideox", name=run_dir.name, id=run_id, resume="allow", dir=str(run_dir)
+            )
+        except wandb.errors.UsageError as error:
+            raise ValueError(
+                f"train.trackers has wandb, which cannot start: {error}; run `wandb login`, or set WANDB_MODE=offline"
+            ) from error
+        # Steps that a resumed run makes again overwrite in the plots instead of being refused.
+        self.run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.run.log({"step": step, **metrics})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoardTracker:
+    def __init__(self, run_dir: Path):
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+_TRACKERS = {"wandb": WandbTracker, "tensorboard": TensorBoardTracker}
+
+
+def check_trackers(names: list[str]) -> None:
+    """ValueError for a tracker that does not exist."""
+    for name in names:
+        if name not in _TRACKERS:
+            raise ValueError(f"train.trackers has {name!r}: expected any of {', '.join(_TRACKERS)}")

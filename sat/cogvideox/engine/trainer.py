@@ -1,0 +1,317 @@
+"""The training loop: a module and a loader in, a run folder out. To resume, run the same command again.
+
+The module is any ``nn.Module`` with ``module(batch, rng) -> (loss, metrics)``: a 0-d loss that carries gradients and a
+dict of 0-d tensors to log. The loader is anything with ``iterate(start) -> endless generator of batches``, where
+``start`` counts the batches (one per micro-step) that this rank has already taken. Worker processes of a loader must
+ignore SIGTERM and SIGINT: launchers signal whole sessions, and a worker that dies ends the run before it is saved.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cogvideox import dist
+from cogvideox.config import TrainConfig
+from cogvideox.dist import RandomStreams
+from cogvideox.engine import checkpoint, report
+from cogvideox.engine.ema import EMA, numel
+from cogvideox.engine.logging import Means, RunLog, Stopwatch, check_trackers, get_logger, memory
+from cogvideox.engine.optim import (
+    build_optimizer,
+    check_train_config,
+    clip_or_drop_gradients,
+    deepspeed_config,
+    learning_rate_factor,
+    trainer_checks_gradients,
+)
+from cogvideox.engine.validation import evaluating
+
+
+class Loader(Protocol):
+    def iterate(self, start: int) -> Generator[Any, None, None]: ...
+
+
+@dataclass(frozen=True)
+class RunResult:
+    step: int
+    # Optimizer steps done, those of earlier starts included.
+    finished: bool
+    # False: a signal ended the run before train.steps; its last step is saved.
+
+
+class Trainer:
+    """Trains ``module`` on this rank; every rank makes one alike. ``dist.init()`` comes before."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loader: Loader,
+        config: TrainConfig,
+        run_dir: str | Path,
+        *,
+        deepspeed_overrides: dict[str, Any] | None = None,
+        seed: int = 0,
+        validate: Callable[[nn.Module], dict[str, float | None]] | None = None,
+        preview: Callable[[nn.Module, int], None] | None = None,
+        decay_norms_and_biases: bool = False,
+    ):
+        """validate(module) -> metrics and preview(module, step) are called on every rank, in evaluation mode, with the
+        averaged weights where there are any, every ``validate_every`` steps and at the end.
+        """
+        check_train_config(config, dist.device())
+        check_trackers(config.trackers)
+        self.config, self.loader, self.run_dir, self.seed = config, loader, Path(run_dir), seed
+        self.validate, self.preview = validate, preview
+        self.logger = get_logger()
+        self.start_from = checkpoint.find(self.run_dir / "checkpoints", config.resume)
+
+        optimizer = build_optimizer(module, config.optimizer, decay_norms_and_biases)
+        self.optimizer, self.base_learning_rates = (
+            optimizer,
+            [group["lr"] for group in optimizer.param_groups],
+        )
+        settings = deepspeed_config(
+            config,
+            deepspeed_overrides or {},
+            trainable=sum(numel(p) for p in module.parameters() if p.requires_grad),
+            world_size=dist.world_size(),
+            device=dist.device(),
+        )
+        self._set_learning_rate(0.0)  # DeepSpeed's stage 0 takes a step on zero gradients when it starts
+        deepspeed = dist.import_deepspeed()
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        dist.set_timeout(config.timeout_minutes)
+        stage = self.engine.zero_optimization_stage()
+        if stage == 0:
+            self.engine.basic_optimizer.state.clear()  # ... which must not count in Adam's bias correction
+        self.checks_gradients = trainer_checks_gradients(stage, config.precision)
+
+        self.ema = None if config.ema_decay is None else EMA(self.engine.module, config.ema_decay)
+        self.checkpoints = checkpoint.Checkpoints(
+            self.engine,
+            self.run_dir / "checkpoints",
+            precision=config.precision,
+            keep=config.keep_checkpoints,
+            ema=self.ema,
+            config_file=self.run_dir / "config.yaml",
+        )
+        self.step = self.skipped_steps = self.skipped_in_a_row = 0
+        self.grad_norm: Tensor | float = 0.0
+        self.means, self.stopwatch = Means(), Stopwatch()
+        if self.start_from is not None:
+            self._resume(self.start_from)
+
+    def run(self) -> RunResult:
+        """Train up to ``train.steps``, or until a signal asks to stop; the last step is saved either way.
+
+        Raises FloatingPointError after ``max_nonfinite_steps`` consecutive skipped steps, OSError if a checkpoint
+        cannot be written.
+        """
+        config = self.config
+        log = RunLog(self.run_dir, steps=config.steps, start=self.step, trackers=config.trackers)
+        stopping = False
+        with StopSignal() as stop:
+            batches = self.loader.iterate(self.step * config.gradient_accumulation_steps)
+            try:
+                while self.step < config.steps and not stopping:
+                    with self.stopwatch.step():
+                        self._train_step(batches)
+                    self.step += 1
+                    log.advance()
+                    stopping = stop.agreed()
+                    last = self.step == config.steps
+                    record: dict[str, float | None] = {}
+                    if self._is_due(config.log_every) or last:
+                        record |= self._measured()
+                    if self._is_evaluated(last):
+                        record |= self._evaluated()
+                    if record:
+                        log.write(self.step, record)
+                    if self._is_due(config.save_every) or last or stopping:
+                        log.sync()
+                        self._save()
+            finally:
+                batches.close()  # ends its worker processes
+                log.close()
+        if dist.is_main() and log.path.stat().st_size:
+            report.loss_curve(self.run_dir)
+        if stopping and self.step < config.steps:
+            self.logger.info(
+                f"stopped by {stop.name} after step {self.step}, which is saved; run the same command to go on"
+            )
+        return RunResult(self.step, finished=self.step >= config.steps)
+
+    def _train_step(self, batches: Iterator[Any]) -> None:
+        """One optimizer step over ``gradient_accumulation_steps`` batches. Nothing here waits for the device."""
+        config, engine = self.config, self.engine
+        self._set_learning_rate(
+            learning_rate_factor(
+                self.step,
+                steps=config.steps,
+                schedule=config.lr_schedule,
+                warmup_steps=config.warmup_steps,
+                min_ratio=config.min_lr_ratio,
+            )
+        )
+        for micro_step in range(config.gradient_accumulation_steps):
+            with self.stopwatch.data():
+                batch = dist.to_device(next(batches), engine.device)
+            rng = RandomStreams.at(
+                self.seed, self.step, micro_step, dist.rank(), dist.world_size(), engine.device
+            )
+            rng.seed_global()
+            loss, metrics = engine(batch, rng)
+            engine.backward(poisoned_if_not_finite(loss))
+            self.means.add(
+                {"train/loss": loss, **{f"train/{name}": value for name, value in metrics.items()}}
+            )
+            if self.checks_gradients and engine.is_gradient_accumulation_boundary():
+                self.grad_norm = clip_or_drop_gradients(engine.module, config.gradient_clipping)
+            engine.step()
+        if self.checks_gradients:
+            was_applied = bool(torch.isfinite(self.grad_norm))
+        else:
+            # DeepSpeed made its decision from the norm over all ranks: it is the same on each.
+            was_applied, self.grad_norm = engine.was_step_applied(), engine.get_global_grad_norm()
+        if was_applied:
+            self.skipped_in_a_row = 0
+            if self.ema is not None:
+                self.ema.update()
+        else:
+            self._count_skipped(batch, loss)
+
+    def _set_learning_rate(self, factor: float) -> None:
+        # Loading a checkpoint replaces the groups: they are looked up each time.
+        for group, base in zip(self.optimizer.param_groups, self.base_learning_rates, strict=True):
+            group["lr"] = base * factor
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0
+
+    def _is_evaluated(self, last: bool) -> bool:
+        every = self.config.validate_every
+        wanted = every is not None and (self.validate is not None or self.preview is not None)
+        return wanted and (self._is_due(every) or last)
+
+    def _measured(self) -> dict[str, float | None]:
+        """What is logged of training since the last time: here the device is waited for."""
+        config = self.config
+        samples = config.batch_size * config.gradient_accumulation_steps * dist.world_size()
+        return {
+            **self.means.flush(),
+            "train/grad_norm": float(self.grad_norm),
+            "train/lr": self.optimizer.param_groups[0]["lr"],
+            "train/skipped_steps": float(self.skipped_steps),
+            **self.stopwatch.flush(samples),
+            **memory(self.engine.device),
+        }
+
+    def _evaluated(self) -> dict[str, float | None]:
+        module = self.engine.module
+        with self.ema.applied() if self.ema is not None else nullcontext(), evaluating(module):
+            metrics = self.validate(module) if self.validate is not None else {}
+            if self.preview is not None:
+                self.preview(module, self.step)
+        return metrics
+
+    def _count_skipped(self, batch: Any, loss: Tensor) -> None:
+        """A loss or gradient was not finite: say whose, and stop the run if that has become the rule."""
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        keys = batch.get("key") if isinstance(batch, dict) else None
+        suspects = [
+            f"rank {rank}: loss {value}" + (f", batch {names}" if names else "")
+            for rank, (value, names) in enumerate(dist.gather((loss.item(), keys)))
+            if not torch.isfinite(torch.tensor(value))
+        ]
+        cause = "; ".join(suspects) or "the losses are finite, the gradients are not"
+        limit = self.config.max_nonfinite_steps
+        self.logger.warning(
+            f"step {self.step + 1} skipped, {self.skipped_in_a_row} in a row (the limit is {limit}): {cause}"
+        )
+        if self.skipped_in_a_row >= limit:
+            raise FloatingPointError(
+                f"{limit} consecutive steps up to {self.step + 1} had a non-finite loss or gradient ({cause}). "
+                f"The checkpoints before are whole: lower train.optimizer.params.lr, try another train.precision, or "
+                f"look at these clips (train.max_nonfinite_steps={limit} is the limit)"
+            )
+
+    # ------------------------------------------------------------------------------------------------------ checkpoint
+
+    def _save(self) -> None:
+        self.checkpoints.save(
+            self.step,
+            {
+                "skipped_steps": self.skipped_steps,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "samples_per_step": self.config.batch_size * self.config.gradient_accumulation_steps,
+                # A save between two logging steps: what was measured so far counts in the next line.
+                "means": dist.gather(self.means.state()),
+            },
+        )
+
+    def _resume(self, folder: Path) -> None:
+        state = self.checkpoints.load(folder)
+        self.step = state["step"]
+        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+        self.means.load(state["means"][dist.rank()], self.engine.device)
+        samples = self.config.batch_size * self.config.gradient_accumulation_steps
+        if samples != state["samples_per_step"]:
+            self.logger.warning(
+                f"{folder} took {state['samples_per_step']} clips per rank and step, this run takes {samples}: "
+                f"the order of the clips does not go on where it ended"
+            )
+        self.logger.info(f"resumed from {folder}: {self.step} of {self.config.steps} steps are done")
+
+
+def poisoned_if_not_finite(loss: Tensor) -> Tensor:
+    """``loss``, with NaN gradients if it is not finite itself (a bad constant term has finite ones).
+
+    So the reduction of the gradients, which happens anyway, tells every rank to skip the step: no flag is exchanged.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+
+
+class StopSignal:
+    """SIGTERM or SIGINT (Ctrl-C) asks all ranks for a last checkpoint; a second one ends the process at once.
+
+    torchrun passes its own signal on and kills what is left after 30 s (``--shutdown-timeout`` of newer versions).
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    # Launchers and terminals may both deliver the same signal: within this time it counts once.
+    _DUPLICATE_SECONDS = 1.0
+
+    def __init__(self) -> None:
+        self.name = "another rank's signal"
+        self._received_at: float | None = None
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {number: signal.signal(number, self._receive) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._received_at is None:
+            self._received_at, self.name = now, signal.Signals(number).name
+        elif now - self._received_at > self._DUPLICATE_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. Every rank must call, once a step."""
+        return dist.any_rank(self._received_at is not None)

@@ -1,0 +1,58 @@
+"""Start ``train_toy.py`` alone or under torchrun, and leave no process behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).with_name("train_toy.py")
+SECONDS = 150  # far above the ten or so that a launch takes on an idle machine
+
+
+def launch(runs: list[dict[str, Any]], ranks: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Train ``runs`` in one launch of ``ranks`` processes (1: plain python, no launcher)."""
+    listing = folder / "runs.json"
+    listing.write_text(json.dumps(runs))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), str(WORKER), str(listing)]
+    launcher_variables = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in launcher_variables} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    finally:
+        # torchrun puts each worker into a session of its own; a killed torchrun leaves them alive.
+        for pid in [process.pid, *descendants(process.pid)] if process.poll() is None else []:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def descendants(pid: int) -> list[int]:
+    children = [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in task.read_text().split()
+    ]
+    return [found for child in children for found in (child, *descendants(child))]
