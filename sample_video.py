@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cogvideox import environment
 from cogvideox.command_line import add_config_arguments, parse, run_door
-from cogvideox.config import Config, ConfigError, config_from_dict, load_config
+from cogvideox.config import Config, ConfigError, config_from_dict, load_config, to_yaml
 from cogvideox.plan import describe
 from cogvideox.sampling.prompts import Request, make_requests, read_prompts
 
@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
     )
     config, requests, dry_run = read_arguments(parser, argv)
     if dry_run:
-        print(describe(config, world_size=environment.world_size()))
+        print(to_yaml(config))
+        print(describe(config, environment.world_size(), sampling=True))
         return 0
 
     # torch, SAT and transformers are imported only now: a mistake above answers at once.

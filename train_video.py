@@ -15,7 +15,7 @@ from pathlib import Path
 from cogvideox import environment
 from cogvideox.build import build
 from cogvideox.command_line import add_config_arguments, parse, run_door
-from cogvideox.config import Config, ConfigError, Part, load_config, save_config
+from cogvideox.config import Config, ConfigError, Part, load_config, save_config, to_yaml
 from cogvideox.plan import describe
 
 
@@ -36,7 +36,8 @@ def main(argv: list[str]) -> int:
                 f"the section {section} is missing: add an overlay such as configs/sft.yaml or lora.yaml"
             )
     if arguments.dry_run:
-        print(describe(config, world_size=environment.world_size()))
+        print(to_yaml(config))
+        print(describe(config, environment.world_size()))
         return 0
     if config.data.path is None:
         raise ConfigError(
@@ -51,12 +52,12 @@ def train(config: Config) -> None:
     from cogvideox import dist
     from cogvideox.data.fixed_batches import FixedBatches
     from cogvideox.data.loader import ResumableLoader
+    from cogvideox.engine.optim import check_train_config
     from cogvideox.engine.trainer import Trainer
     from cogvideox.engine.validation import HeldOutLoss
 
     dist.init(config.train.timeout_minutes)
-    run_dir = open_run_folder(config)
-
+    check_train_config(config.train, dist.device())
     train_set = open_data(config, config.data.path)
     validation_set = open_data(config, config.data.validation_path) if config.data.validation_path else None
 
@@ -84,25 +85,24 @@ def train(config: Config) -> None:
         system,
         loader,
         config.train,
-        run_dir,
+        config.run.dir,
         deepspeed_overrides=config.deepspeed,
         seed=config.seed,
         validate=validate,
     )
+    if dist.is_main():
+        describe_run(config)  # only now: a mistake above leaves no folder behind
     trainer.run()
 
 
-def open_run_folder(config: Config) -> Path:
-    """The run folder, with the merged configuration and each command that worked on it."""
+def describe_run(config: Config) -> None:
+    """The run folder's own account: the merged configuration, and each command that worked on it."""
     folder = Path(config.run.dir)
-    if environment.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-        with (folder / "command.txt").open("a") as file:
-            file.write(
-                f"{shlex.join(sys.argv)}\n  {environment.world_size()} ranks, {environment.versions()}\n"
-            )
-    return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / "config.yaml")
+    with (folder / "command.txt").open("a") as file:
+        ranks = f"{environment.world_size()} ranks, {environment.versions()}"
+        file.write(f"{shlex.join(sys.argv)}\n  {ranks}\n")
 
 
 def open_data(config: Config, path: str):

@@ -20,7 +20,9 @@ def reference() -> Path:
     """Folder of numeric fixtures from the published code (`shared/reference` beside the checkout)."""
     path = ROOT.parent / "shared" / "reference"
     if not path.is_dir():
-        pytest.skip("needs ../shared/reference (fixtures of the published code), which is not part of the project")
+        pytest.skip(
+            "needs ../shared/reference (fixtures of the published code), which is not part of the project"
+        )
     return path
 
 

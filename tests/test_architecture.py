@@ -95,9 +95,9 @@ def test_nothing_imports_a_door(path: Path) -> None:
 
 def test_the_source_root_does_not_shadow_the_sat_library() -> None:
     assert not (ROOT / "sat" / "__init__.py").exists()
-    assert [p.name for p in (ROOT / "sat").iterdir() if not p.name.endswith((".egg-info", "__pycache__"))] == [
-        "cogvideox"
-    ]
+    assert [
+        p.name for p in (ROOT / "sat").iterdir() if not p.name.endswith((".egg-info", "__pycache__"))
+    ] == ["cogvideox"]
     assert importlib.util.find_spec("sat").origin is not None
 
 
@@ -110,7 +110,9 @@ def test_a_shadowed_sat_library_is_one_clear_error(tmp_path: Path) -> None:
         "importlib.util.find_spec = lambda name, *a: spec if name == 'sat' else find(name, *a)\n"
         "import cogvideox\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "sat", capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "sat", capture_output=True, text=True, timeout=60
+    )
     assert run.returncode != 0
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError") and "SwissArmyTransformer" in last and str(tmp_path) in last

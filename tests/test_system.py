@@ -40,7 +40,9 @@ def test_state_dict_has_the_published_names_and_nothing_frozen() -> None:
     names = make_system().state_dict().keys()
     assert "model.diffusion_model.transformer.layers.0.attention.query_key_value.weight" in names
     assert "conditioner.embedders.0.transformer.encoder.block.0.layer.0.SelfAttention.q.weight" in names
-    assert all(n.startswith(("model.diffusion_model.", "conditioner.embedders.0.transformer.")) for n in names)
+    assert all(
+        n.startswith(("model.diffusion_model.", "conditioner.embedders.0.transformer.")) for n in names
+    )
 
 
 def test_loss_is_the_error_of_the_velocity_at_the_drawn_noise_and_timestep() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable
 
@@ -33,17 +34,26 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str], list[str]]:
     """(arguments, YAML files, overrides). Overrides may stand anywhere, with or without leading dashes."""
     arguments, unknown = parser.parse_known_args(argv)
-    dotted = [u for u in unknown if u.startswith("--") and "=" in u and "." in u.split("=")[0]]
-    stray = [u for u in unknown if u not in dotted]
+    overrides = list(arguments.overrides)
+    for name in ("base", "prompt"):
+        # Options that take several values also swallow the overrides behind them.
+        values = getattr(arguments, name, None) or []
+        overrides += [value for value in values if _is_override(value)]
+        setattr(arguments, name, [value for value in values if not _is_override(value)])
+    dashed = [u.removeprefix("--") for u in unknown if _is_override(u.removeprefix("--"))]
+    stray = [u for u in unknown if u.removeprefix("--") not in dashed]
     if stray:
         known = [o for action in parser._actions for o in action.option_strings]
         near = difflib.get_close_matches(stray[0].split("=")[0], known, n=1)
         parser.error(
             f"unknown argument {stray[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help")
         )
-    files = [item for item in arguments.base if "=" not in item]
-    overrides = [item for item in arguments.base if "=" in item] + arguments.overrides
-    return arguments, files, overrides + [u.removeprefix("--") for u in dotted]
+    return arguments, arguments.base, overrides + dashed
+
+
+def _is_override(text: str) -> bool:
+    """``key.path=value``, not a prompt that happens to hold an equals sign."""
+    return re.match(r"[a-z]\w*(\.\w+)*=", text) is not None
 
 
 def run_door(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
