@@ -1,4 +1,4 @@
-"""Shared fixtures. Reference material beside a developer's checkout (`../shared`) is optional: tests that use it skip."""
+"""Shared fixtures. Reference material beside a developer's checkout is optional: tests that use it skip."""
 
 from __future__ import annotations
 

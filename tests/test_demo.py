@@ -42,7 +42,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def demo(tmp_path: Path) -> Demo:
     """Two combinations of each set, one clip of each."""
-    return Demo(tmp_path, Scale(clips=1, few_clips=1, repeats=2, max_combinations=2), ranks=2)
+    return Demo(tmp_path, Scale(clips=1, vae_clips=1, few_clips=1, repeats=2, max_combinations=2), ranks=2)
 
 
 def draw(path: Path, combination: Combination, seed: int = 0) -> Path:
@@ -80,7 +80,7 @@ def test_every_command_is_one_that_the_configuration_accepts(tmp_path: Path, sca
             assert config.vae.scale_factor == 0.5
         if "train_video.py" in stage.action:
             assert config.run.dir == str(stage.folder)
-            assert config.train.batch_size * ranks == (16 if stage.name == "lora" else 32)
+            assert config.train.batch_size * ranks == {"vae": 4, "lora": 16}.get(stage.name, 32)
     assert (
         len({stage.name for stage in stages}) == len({stage.folder for stage in stages}) == len(stages) == 6
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 from itertools import islice
 
 import pytest
@@ -144,3 +146,17 @@ def test_collate_stacks_tensors_and_lists_the_rest():
     assert batch["video"].shape == (2, 2, 3) and batch["caption"] == ["a", "b"]
     with pytest.raises(ValueError, match="'video' has the shapes"):
         collate([{"video": torch.zeros(2)}, {"video": torch.zeros(3)}])
+
+
+def test_workers_outlive_the_signals_that_the_launcher_sends_to_the_whole_session() -> None:
+    # torchrun signals loader workers too; the rank needs them until its last step is saved.
+    loader = ResumableLoader(Numbers(8), 1, seed=0, num_workers=1, timeout_seconds=60)
+    batches = loader.iterate()
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    later = [next(batches)["video"].item() for _ in range(5)]
+    batches.close()
+    assert len(set(later)) == 5
+    assert not multiprocessing.active_children()

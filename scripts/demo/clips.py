@@ -20,13 +20,17 @@ LOWEST_SCORE_OF_REAL_CLIPS = 0.98
 
 
 def draw_and_check(demo: Demo) -> None:
-    """Write ``data/{train,validation,held_out,lora}`` in SAT's layout (videos/ and labels/) and check every clip."""
+    """Write ``data/{vae,train,validation,held_out,lora}`` in SAT's layout (videos/, labels/) and check every clip.
+
+    The VAE's set holds the new colour too: it learns to encode pixels, without captions. The transformer's does not.
+    """
     clip, scale = demo.config.data, demo.scale
     if clip.fps != FPS or clip.height != clip.width:
         raise ValueError(
             f"data.fps={clip.fps}, {clip.height}x{clip.width}: the drawn clips are square, at {FPS} fps"
         )
     sets = {
+        "vae": (demo.seen + demo.new, scale.vae_clips),
         "train": (demo.seen, scale.clips),
         "validation": (demo.seen, scale.few_clips),
         "held_out": (demo.held_out, scale.few_clips),

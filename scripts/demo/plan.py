@@ -41,6 +41,8 @@ class Scale:
 
     clips: int = 24
     # Training clips per combination.
+    vae_clips: int = 12
+    # Of the VAE's own training set.
     few_clips: int = 2
     # Clips per combination of the validation, the held-out and the LoRA set.
     num_frames: int | None = None
@@ -60,7 +62,14 @@ SCALES = {
     "normal": Scale(),
     "long": Scale(num_frames=17, step_factor=3.0, lora_steps=1000),
     "quick": Scale(
-        clips=4, few_clips=4, step_factor=0.002, lora_steps=3, sample_steps=2, repeats=1, max_combinations=4
+        clips=4,
+        vae_clips=4,
+        few_clips=4,
+        step_factor=0.002,
+        lora_steps=3,
+        sample_steps=2,
+        repeats=1,
+        max_combinations=4,
     ),
 }
 
@@ -99,8 +108,8 @@ class Demo:
 
     @functools.cached_property
     def config(self) -> Config:
-        """Of the text-to-video model; the VAE's own file has the same clips."""
-        return load_config([T2V], self._clip_overrides(T2V))
+        """Of the text-to-video model. The VAE trains on shorter pieces of such clips."""
+        return load_config([T2V], self._clip_overrides())
 
     def data(self, name: str) -> Path:
         return self.output / "data" / name
@@ -137,10 +146,10 @@ class Demo:
 
     def vae_stage(self, clips: Stage) -> Stage:
         overrides = [
-            f"data.path={self.data('train')}",
+            f"data.path={self.data('vae')}",
             f"data.validation_path={self.data('validation')}",
-            *self._clip_overrides(VAE),
             *self._training_overrides(VAE),
+            f"train.precision={'bf16' if has_bf16_instructions() else 'fp32'}",
         ]
         return self._training_stage("vae", "2/6 training the VAE", [VAE], overrides, after=[clips])
 
@@ -156,7 +165,7 @@ class Demo:
     def generation_stages(self, reconstruction: Stage, scale_factor: float) -> list[Stage]:
         """Transformer, LoRA, samples. scale_factor: ``vae.scale_factor`` as measured on the trained VAE."""
         vae = [f"vae.scale_factor={scale_factor:.4g}", f"load.vae={self.run('vae')}"]
-        model = [*self._clip_overrides(T2V), *vae]
+        model = [*self._clip_overrides(), *vae]
         base = [f"load.transformer={self.run('t2v')}", f"load.text_encoder={self.run('t2v')}"]
         cache = f"data.latent_cache={self.output / 'latents'}"
 
@@ -231,12 +240,10 @@ class Demo:
         # The demo is a CPU demo on every machine: two ranks cannot share one GPU.
         return {"OMP_NUM_THREADS": str(max(1, available_cores() // self.ranks)), "CUDA_VISIBLE_DEVICES": ""}
 
-    def _clip_overrides(self, file: Path) -> list[str]:
+    def _clip_overrides(self) -> list[str]:
         if self.scale.num_frames is None:
             return []
-        keys = ["data.num_frames"]
-        if file == T2V:
-            keys += ["sample.num_frames", "model.transformer.num_frames"]
+        keys = ("data.num_frames", "sample.num_frames", "model.transformer.num_frames")
         return [f"{key}={self.scale.num_frames}" for key in keys]
 
     def _training_overrides(self, file: Path) -> list[str]:
@@ -253,6 +260,12 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     """At most ``count`` items, evenly from first to last."""
     count = min(count, len(items))
     return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def has_bf16_instructions() -> bool:
+    """Whether this CPU multiplies in bf16: the VAE then trains 1.4 times as fast; elsewhere it would be far slower."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and bool({"avx512_bf16", "amx_bf16"} & set(cpuinfo.read_text().split()))
 
 
 def available_cores() -> int:

@@ -9,6 +9,7 @@ does not divide goes on into the next one within a batch: no clip is dropped and
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -110,6 +111,12 @@ class _LocalPositions:
             step += 1
 
 
+def _ignore_stop_signals(worker_id: int) -> None:
+    """torchrun signals a rank's whole session. The rank saves and ends its workers itself; it needs them until then."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _unpack(loaded: list[_Loaded]) -> tuple[dict | None, dict[str, str], str | None]:
     """(batch, skipped, error) of one step; runs in the worker, so that pinning sees a dict of tensors."""
     skipped = {key: reason for one in loaded for key, reason in one.skipped.items()}
@@ -190,6 +197,7 @@ class ResumableLoader:
             collate_fn=_unpack,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_stop_signals,
             timeout=self.timeout_seconds if self.num_workers else 0,
             generator=torch.Generator(),  # else it draws from the global one, which belongs to the training
         )
@@ -210,7 +218,12 @@ class ResumableLoader:
         """End the worker processes. Safe to call twice."""
         iterator, self._iterator = self._iterator, None
         if iterator is not None and self.num_workers:
+            workers = list(iterator._workers)
             iterator._shutdown_workers()  # no public call exists; left to the collector, processes stay behind
+            for worker in workers:
+                if worker.is_alive():  # hanging in a decoder; it ignores SIGTERM
+                    worker.kill()
+                    worker.join()
 
     def _count(self, skipped: dict[str, str]) -> None:
         for key, reason in skipped.items():
