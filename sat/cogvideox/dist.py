@@ -1,5 +1,6 @@
-"""Ranks, the device, the process group and the random streams. The only reader of environment variables.
+"""Ranks, the device, the process group and the random streams.
 
+Besides ``environment.py`` the only reader of environment variables.
 One code path for ``python``, ``torchrun`` on a CPU and ``torchrun`` on many GPUs: ``init()`` always makes a process
 group (of one rank where no launcher set the variables), so nothing above needs to ask whether it runs alone.
 """
@@ -21,7 +22,10 @@ import torch
 import torch.distributed as torch_dist
 from torch.distributed import distributed_c10d
 
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+from cogvideox import environment
+
+# Before SAT and DeepSpeed are imported anywhere: both chatter while they are.
+environment.quieten_libraries(has_gpu=torch.cuda.is_available())
 
 
 def init(timeout_minutes: float = 30.0, *, model_parallel: bool = True) -> None:
@@ -38,7 +42,7 @@ def init(timeout_minutes: float = 30.0, *, model_parallel: bool = True) -> None:
             torch.cuda.set_device(device())
             # CPU tensors (flags, logged values) go through gloo, so that exchanging them never waits for the GPU.
             backend = "cpu:gloo,cuda:nccl"
-        if _is_launched():
+        if environment.is_launched():
             torch_dist.init_process_group(backend, timeout=timeout)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
@@ -48,7 +52,6 @@ def init(timeout_minutes: float = 30.0, *, model_parallel: bool = True) -> None:
         os.environ.setdefault("LOCAL_WORLD_SIZE", "1")  # SAT guesses 8 and says so where it is missing
         from sat import mpu
 
-        logging.getLogger("sat").setLevel(logging.WARNING)
         if not mpu.model_parallel_is_initialized():
             mpu.initialize_model_parallel(1)
     set_timeout(timeout_minutes)
@@ -74,22 +77,6 @@ def set_timeout(minutes: float) -> None:
             distributed_c10d._set_pg_timeout(timeout, group)
 
 
-def _is_launched() -> bool:
-    found = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
-    missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
-    if {"RANK", "WORLD_SIZE"} & set(found) and missing:
-        raise ValueError(
-            f"environment variables {', '.join(found)} are set but {', '.join(missing)} are not: "
-            f"start several ranks with torchrun, or unset them to run alone"
-        )
-    return not missing
-
-
-def environment_rank() -> int:
-    """This process's rank as the launcher set it; known before ``init()``."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def rank() -> int:
     return torch_dist.get_rank() if torch_dist.is_initialized() else 0
 
@@ -106,7 +93,7 @@ def is_main() -> bool:
 def device() -> torch.device:
     """This rank's GPU, or the CPU where there is none."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", environment.local_rank())
     return torch.device("cpu")
 
 
@@ -149,8 +136,6 @@ def import_deepspeed() -> ModuleType:
     os.environ.setdefault(
         "TORCH_EXTENSIONS_DIR", os.path.join(tempfile.gettempdir(), f"cogvideox-{os.getuid()}")
     )
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it guessed so
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 

@@ -39,3 +39,10 @@ def versions() -> str:
     for package in ("cogvideox", "torch", "SwissArmyTransformer", "deepspeed", "transformers"):
         found.append(f"{package} {metadata.version(package)}")
     return ", ".join(found)
+
+
+def quieten_libraries(has_gpu: bool) -> None:
+    """Defaults that keep SAT and DeepSpeed from chatting while they are imported. What the user set stays."""
+    os.environ.setdefault("SAT_LOGLEVEL", "WARNING")
+    if not has_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns that it guessed so
