@@ -252,7 +252,7 @@ class Demo:
         if self.scale.step_factor != 1.0:
             overrides.append(f"train.steps={max(1, round(section.steps * self.scale.step_factor))}")
         if self.ranks != RANKS_OF_FILES:
-            overrides.append(f"train.batch_size={section.batch_size * RANKS_OF_FILES // self.ranks}")
+            overrides.append(f"train.batch_size={max(1, section.batch_size * RANKS_OF_FILES // self.ranks)}")
         return overrides
 
 

@@ -94,14 +94,14 @@ def draw_clip(
 ) -> Tensor:
     """(num_frames, 3, size, size) uint8: a flat shape that moves steadily in one direction and stays in the picture.
 
-    Radius, place, distance and the dark background vary with the generator. The distance is 30 to 39 % of the width.
+    Radius, place, distance and the dark background vary with the generator. The distance is 26 to 32 % of the width.
     """
 
     def between(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))
 
-    radius = size * between(0.17, 0.2)
-    distance = size * between(0.3, 0.39)
+    radius = size * between(0.2, 0.225)
+    distance = size * between(0.26, 0.32)
     step = np.array(DIRECTIONS[direction], dtype=float)
     reach = 1.35 * radius + 1  # the furthest corner, and a pixel of background around it
     along = np.abs(step)  # which axis moves
@@ -182,11 +182,11 @@ NONE = "none"
 
 _MIN_CHROMA = 0.2  # of 1: strongest colour in the picture; the background is grey
 _MAX_HUE_ERROR = 35  # degrees; the palette's nearest hues are 50 degrees apart
-_AREA = (0.02, 0.3)  # of the picture; drawn shapes cover 0.06 to 0.13
+_AREA = (0.02, 0.3)  # of the picture; drawn shapes cover 0.08 to 0.17
 _MAX_STRAY = 0.2  # of the figure's pixels may lie apart from it
 _MIN_OVERLAP = 0.6  # soft IoU with the best template; two different shapes of one area overlap by 0.6 to 0.85
 _BLURS = (0, 0.03, 0.06)  # of the width: none, one and two pixels at 32
-_MIN_DISTANCE = 0.1  # of the width, over the whole clip; drawn shapes move 0.3 to 0.39
+_MIN_DISTANCE = 0.1  # of the width, over the whole clip; drawn shapes move 0.26 to 0.32
 _MIN_STRAIGHTNESS = 2.0  # movement along the main axis against the other
 
 
