@@ -128,7 +128,7 @@ MISTAKES = {
     "frames not 4k+1": ("data.num_frames=11", "data.num_frames=11: the VAE needs 4k.1 frames; use 9 or 13"),
     "size not divisible": ("sample.width=36", "sample.width=36: it must be a multiple of 8 .* use 32 or 40"),
     "heads not dividing": ("model.transformer.num_attention_heads=5", "the nearest that does is 4"),
-    "channels that disagree": ("model.transformer.out_channels=16", "vae.z_channels=4"),
+    "channels that disagree": ("model.transformer.out_channels=16", "vae.z_channels=8"),
     "text lengths that disagree": ("model.conditions.0.params.max_length=64", "text_length=32"),
     "unknown precision": (
         "train.precision=float16",
