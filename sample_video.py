@@ -49,10 +49,12 @@ def main(argv: list[str]) -> int:
 
     # torch, SAT and transformers are imported only now: a mistake above answers at once.
     from cogvideox import dist
+    from cogvideox.engine.logging import get_logger
     from cogvideox.sampling.run import sample_all
     from cogvideox.system import VideoDiffusion
 
     dist.init()
+    get_logger()  # from here on rank 0 speaks
     system = VideoDiffusion(config)
     system.check_prompts([r.prompt for r in requests])
     system.load_weights()

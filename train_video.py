@@ -52,11 +52,13 @@ def train(config: Config) -> None:
     from cogvideox import dist
     from cogvideox.data.fixed_batches import FixedBatches
     from cogvideox.data.loader import ResumableLoader
+    from cogvideox.engine.logging import get_logger
     from cogvideox.engine.optim import check_train_config
     from cogvideox.engine.trainer import Trainer
     from cogvideox.engine.validation import HeldOutLoss
 
     dist.init(config.train.timeout_minutes)
+    get_logger()  # from here on rank 0 speaks
     check_train_config(config.train, dist.device())
     train_set = open_data(config, config.data.path)
     validation_set = open_data(config, config.data.validation_path) if config.data.validation_path else None
