@@ -127,28 +127,28 @@ def test_temporal_patch_trains_and_samples_any_latent_count(frames: int) -> None
 
 def test_a_sample_is_the_same_alone_and_in_a_batch() -> None:
     system = make_system().eval()
-    together = system.sample_latents(PROMPTS, seeds=[5, 6])
-    alone = system.sample_latents(PROMPTS[1:], seeds=[6])
+    together = system.sample(PROMPTS, seeds=[5, 6])
+    alone = system.sample(PROMPTS[1:], seeds=[6])
     # Products of other batch sizes round differently.
     torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_seed_prompt_negative_prompt_and_size_all_count() -> None:
     system = make_system().eval()
-    base = system.sample_latents(PROMPTS[:1], seeds=[1])
-    assert torch.equal(base, system.sample_latents(PROMPTS[:1], seeds=[1]))
-    assert not torch.equal(base, system.sample_latents(PROMPTS[:1], seeds=[2]))
-    assert not torch.equal(base, system.sample_latents(PROMPTS[1:], seeds=[1]))
-    assert not torch.equal(base, system.sample_latents(PROMPTS[:1], seeds=[1], negative_prompt="a star"))
+    base = system.sample(PROMPTS[:1], seeds=[1])
+    assert torch.equal(base, system.sample(PROMPTS[:1], seeds=[1]))
+    assert not torch.equal(base, system.sample(PROMPTS[:1], seeds=[2]))
+    assert not torch.equal(base, system.sample(PROMPTS[1:], seeds=[1]))
+    assert not torch.equal(base, system.sample(PROMPTS[:1], seeds=[1], negative_prompt="a star"))
     assert system.sample(PROMPTS[:1], height=16, width=48, num_frames=5).shape == (1, 5, 3, 16, 48)
 
 
 def test_image_to_video_sample_follows_its_image() -> None:
     system = make_system(base="tiny_i2v.yaml").eval()
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    first = system.sample_latents(PROMPTS[:1], seeds=[1], images=images)
-    assert torch.equal(first, system.sample_latents(PROMPTS[:1], seeds=[1], images=images))
-    assert not torch.equal(first, system.sample_latents(PROMPTS[:1], seeds=[1], images=255 - images))
+    first = system.sample(PROMPTS[:1], seeds=[1], images=images)
+    assert torch.equal(first, system.sample(PROMPTS[:1], seeds=[1], images=images))
+    assert not torch.equal(first, system.sample(PROMPTS[:1], seeds=[1], images=255 - images))
 
 
 def test_non_finite_weights_never_give_a_black_video() -> None:

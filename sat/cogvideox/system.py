@@ -31,6 +31,9 @@ from cogvideox.weights.identify import identify
 
 logger = logging.getLogger("cogvideox")
 
+Conditions = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""(conditional, unconditional) inputs of the network, each with ``tokens`` and maybe ``concat``."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -268,12 +271,7 @@ class VideoDiffusion(nn.Module):
     # ------------------------------------------------------------------------------------------------ sampling
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], **arguments: Any) -> Tensor:
-        """Videos (B, F, 3, H, W) in [-1, 1] for ``prompts``; the arguments are those of ``sample_latents``."""
-        return torch.cat(list(self.decode(self.sample_latents(prompts, **arguments))), dim=1)
-
-    @torch.no_grad()
-    def sample_latents(
+    def sample(
         self,
         prompts: Sequence[str],
         *,
@@ -286,36 +284,68 @@ class VideoDiffusion(nn.Module):
         steps: int | None = None,
         callback: Callable[[dict[str, Any]], None] | None = None,
     ) -> Tensor:
-        """Denoise latents (B, T, C, h, w), scaled, for B prompts.
+        """Videos (B, F, 3, H, W) in [-1, 1] for B prompts.
 
-        seeds: one per prompt; item i of a batch gets the same noise as alone. images: (B, 3, H, W), uint8 or in
-        [-1, 1], the first frames of image-to-video. Sizes and steps default to the section ``sample``.
+        seeds: one per prompt (None: 0, 1, ...); item i of a batch gets the same noise as alone. images: (B, 3, H, W),
+        uint8 or in [-1, 1], the first frames of image-to-video. Sizes and steps default to the section ``sample``.
+        callback: called after every step, see ``diffusion.samplers``.
         """
         section = self.config.sample
-        num_frames, height, width = (
-            num_frames or section.num_frames,
-            height or section.height,
-            width or section.width,
+        num_frames = num_frames or section.num_frames
+        conditions = self.encode_prompts(prompts, images, negative_prompt, num_frames)
+        latents = self.sample_latents(
+            conditions,
+            seeds=list(range(len(prompts)) if seeds is None else seeds),
+            num_frames=num_frames,
+            height=height or section.height,
+            width=width or section.width,
+            steps=steps or section.steps,
+            callback=callback,
         )
-        steps, seeds = steps or section.steps, list(seeds or range(len(prompts)))
-        frames = self.vae.num_latents(num_frames)
-        padded = frames + -frames % self.patch_t
-        side = self.vae.spatial_compression
-        shape = (len(prompts), padded, self.config.vae.z_channels, height // side, width // side)
-        noise = noise_source(seeds, device=self.device)
-        x = noise(torch.empty(shape, device=self.device))
-        condition, unconditional = self.conditioner.for_sampling(
+        return torch.cat(list(self.decode(latents)), dim=1)
+
+    @torch.no_grad()
+    def encode_prompts(
+        self,
+        prompts: Sequence[str],
+        images: Tensor | None = None,
+        negative_prompt: str | None = None,
+        num_frames: int | None = None,
+    ) -> Conditions:
+        """What guidance steers towards and away from. Once it is made, ``conditioner.release()`` may free the T5."""
+        section = self.config.sample
+        return self.conditioner.for_sampling(
             prompts,
             images=None if images is None else images.to(self.device),
-            num_latent_frames=frames,
-            negative_prompt=negative_prompt if negative_prompt is not None else section.negative_prompt,
+            num_latent_frames=self.vae.num_latents(num_frames or section.num_frames),
+            negative_prompt=section.negative_prompt if negative_prompt is None else negative_prompt,
             unconditional=section.unconditional,
             image_latent_scale=section.image_latent_scale,
             scale_factor=self.config.vae.scale_factor,
             encode=self.encode_pixels,
             device=self.device,
         )
-        denoise = GuidedDenoiser(self.predict, self.schedule, steps, self.guidance, condition, unconditional)
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        conditions: Conditions,
+        *,
+        seeds: Sequence[int],
+        num_frames: int,
+        height: int,
+        width: int,
+        steps: int,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Tensor:
+        """Denoise to scaled latents (B, T, C, h, w), one item per seed."""
+        frames = self.vae.num_latents(num_frames)
+        padded = frames + -frames % self.patch_t
+        side = self.vae.spatial_compression
+        shape = (len(seeds), padded, self.config.vae.z_channels, height // side, width // side)
+        noise = noise_source(seeds, device=self.device)
+        x = noise(torch.empty(shape, device=self.device))
+        denoise = GuidedDenoiser(self.predict, self.schedule, steps, self.guidance, *conditions)
         x0 = self.sampler(denoise, x, self.schedule, steps=steps, noise=noise, callback=callback)
         return x0[:, padded - frames :]
 

@@ -21,7 +21,7 @@ VAE, T2V, LORA = Path("configs/tiny_vae.yaml"), Path("configs/tiny_t2v.yaml"), P
 
 # Each rank holds some 0.8 GiB (libraries, mostly), and the demo is meant to stay below 6 GiB.
 MAX_RANKS = 4
-# train.batch_size of the tiny files is per rank, for two ranks: other rank counts keep the global batch.
+# train.batch_size of the tiny files is per rank, for two ranks: other rank counts keep the global batch, if they can.
 RANKS_OF_FILES = 2
 LORA_GLOBAL_BATCH = 16
 # configs/lora.yaml is for billions of parameters in bf16.

@@ -39,15 +39,27 @@ def sample_all(
         raise ValueError(f"--output-dir {output_dir} is not writable")
     images = {r.image: read_image(r.image, section.height, section.width) for r in requests if r.image}
     batches = list(_batches(requests, section.batch_size))[rank::world_size]
+    # All prompts first: a T5-XXL is as large as the network and is not needed after them.
+    conditions = [
+        system.encode_prompts(
+            [r.prompt for r in batch],
+            torch.stack([images[r.image] for r in batch]) if batch[0].image else None,
+        )
+        for batch in tqdm(batches, desc="prompts", unit="batch", disable=rank != 0, dynamic_ncols=True)
+    ]
+    system.conditioner.release()
     written = []
     with tqdm(total=len(batches) * section.steps, unit="step", disable=rank != 0, dynamic_ncols=True) as bar:
-        for batch in batches:
+        for batch, condition in zip(batches, conditions, strict=True):
             start = time.perf_counter()
             bar.set_description(f"video {batch[0].index + 1}/{len(requests)}")
             latents = system.sample_latents(
-                [r.prompt for r in batch],
+                condition,
                 seeds=[r.seed for r in batch],
-                images=torch.stack([images[r.image] for r in batch]) if batch[0].image else None,
+                num_frames=section.num_frames,
+                height=section.height,
+                width=section.width,
+                steps=section.steps,
                 callback=lambda state: bar.update(),
             )
             for row, request in enumerate(batch):
