@@ -55,6 +55,9 @@ def main(argv: list[str]) -> int:
 
     dist.init()
     get_logger()  # from here on rank 0 speaks
+    dist.seed_everything(
+        config.seed
+    )  # parts without a checkpoint, such as an untrained network for comparison
     system = VideoDiffusion(config)
     system.check_prompts([r.prompt for r in requests])
     system.load_weights()

@@ -63,6 +63,7 @@ def train(config: Config) -> None:
     train_set = open_data(config, config.data.path)
     validation_set = open_data(config, config.data.validation_path) if config.data.validation_path else None
 
+    dist.seed_everything(config.seed)
     system = build(config.system, config=config)
     system.load_weights()
     system.prepare_training(dist.device())

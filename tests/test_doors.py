@@ -94,6 +94,16 @@ def test_the_same_command_goes_on_and_joins_the_metrics(runs: Path, clips: Path,
     assert before == after
 
 
+def test_the_seed_alone_decides_a_new_run(runs: Path, clips: Path, tmp_path: Path) -> None:
+    losses = {}
+    for name, seed in {"first": 3, "again": 3, "other": 4}.items():
+        torch.manual_seed(len(losses))  # whatever the process drew before
+        arguments = [TINY, *SMALL, f"data.path={clips}", f"load.vae={runs}/vae", "train.batch_size=2"]
+        assert train(*arguments, f"seed={seed}", "train.steps=2", f"run.dir={tmp_path}/{name}") == 0
+        losses[name] = [r["train/loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl")]
+    assert losses["first"] == losses["again"] != losses["other"]
+
+
 def loaded(runs: Path) -> list[str]:
     return [f"load.vae={runs}/vae", f"load.transformer={runs}/t2v", f"load.text_encoder={runs}/t2v"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import random
 import sys
 import tempfile
 import warnings
@@ -55,6 +56,16 @@ def init(timeout_minutes: float = 30.0, *, model_parallel: bool = True) -> None:
         if not mpu.model_parallel_is_initialized():
             mpu.initialize_model_parallel(1)
     set_timeout(timeout_minutes)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch alike on every rank, so that what is built from random weights is the same each time.
+
+    The steps themselves draw from ``RandomStreams``.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def shutdown() -> None:
