@@ -59,7 +59,7 @@ def init(timeout_minutes: float = 30.0, *, model_parallel: bool = True) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch alike on every rank, so that what is built from random weights is the same each time.
+    """Seed Python, numpy and torch alike on every rank: what is built from random weights is the same each time.
 
     The steps themselves draw from ``RandomStreams``.
     """
