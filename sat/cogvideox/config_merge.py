@@ -169,7 +169,7 @@ def _fill(cls: type, tree: Any, path: str, root: type) -> Any:
             raise ConfigError(f"{where} is missing: expected {_type_name(hints[name])}")
     result = cls(**values)
     if {"target", "params"} <= fields.keys():
-        check_part(result.target, result.params, path, extra=set(fields) - {"target", "params"})
+        check_part(result.target, result.params, path)
     return result
 
 
@@ -249,7 +249,7 @@ def _all_paths(cls: type, prefix: str = "") -> Iterator[str]:
 # ------------------------------------------------------------------------------------- parts, checked from source
 
 
-def check_part(target: str, params: dict[str, Any], path: str, extra: set[str] = frozenset()) -> None:
+def check_part(target: str, params: dict[str, Any], path: str) -> None:
     """Check that ``target`` exists and takes ``params``, reading its source without importing it.
 
     Importing SAT, torch or transformers takes seconds; an unknown name should be reported at once. What cannot be

@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -148,6 +151,13 @@ class TextCondition(nn.Module):
                 f"(it begins {caption[:60]!r})"
             )
         self.num_cut += 1
+        if str(self.num_cut).rstrip("0") == "1":  # the 1st, 10th, 100th ...: seen, and not in every step
+            logger.warning(
+                "%d captions cut to %d tokens so far; this one began %r",
+                self.num_cut,
+                self.max_length,
+                caption[:60],
+            )
         return ids[: self.max_length - 1] + ids[-1:]  # the last token ends the sequence
 
     def _build(self) -> nn.Module:

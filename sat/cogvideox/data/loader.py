@@ -180,14 +180,6 @@ class ResumableLoader:
         self.skipped: dict[str, str] = {}  # key -> reason, since the start of this process
         self._iterator = None
 
-    @property
-    def global_batch_size(self) -> int:
-        return self.batch_size * self.world_size
-
-    def epoch_of(self, step: int) -> float:
-        """Epochs done before ``step``: 1.5 is the middle of the second."""
-        return step * self.global_batch_size / len(self.dataset)
-
     def iterate(self, start_step: int = 0) -> Iterator[dict]:
         """The batches of this rank from ``start_step`` on, without end. Closing the generator ends its workers."""
         self.close()
