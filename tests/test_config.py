@@ -57,7 +57,7 @@ def test_a_part_whose_target_changes_loses_its_old_params():
     config = load_config([TINY], [f"guidance.target={dynamic}"])
     assert (config.guidance.target, config.guidance.params) == (dynamic, {})
     same = load_config([TINY], ["guidance.target=cogvideox.diffusion.guidance.ConstantGuidance"])
-    assert same.guidance.params == {"scale": 3.0}
+    assert same.guidance.params == {"scale": 2.0}
 
 
 def test_a_part_may_be_written_as_its_target_alone():
