@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = [
     "ConfigError",
     "Part",
     "config_from_dict",
+    "latent_frames",
     "load_config",
     "nearest_frame_counts",
     "save_config",
@@ -335,3 +337,10 @@ def _check_size(section: Any, name: str, vae: VAEConfig, transformer: Transforme
                 f"{name}.{axis}={value}: it must be a multiple of {unit} (VAE {vae.spatial_compression} x patch {p}); "
                 f"use {low} or {low + unit}"
             )
+
+
+def latent_frames(num_frames: int, config: Config) -> int:
+    """Latent frames that the network sees: (frames - 1) / 4 + 1, padded to a multiple of the temporal patch."""
+    frames = (num_frames - 1) // config.vae.temporal_compression + 1
+    patch_t = config.model.transformer.patch_size[0]
+    return math.ceil(frames / patch_t) * patch_t
