@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 from cogvideox import environment
-from cogvideox.command_line import add_config_arguments, parse, run_door
+from cogvideox.command_line import add_config_arguments, leave, parse, run_door
 from cogvideox.config import Config, ConfigError, config_from_dict, load_config, to_yaml
 from cogvideox.plan import describe
 from cogvideox.sampling.prompts import Request, make_requests, read_prompts
@@ -122,4 +121,4 @@ def read_sidecar(path: str) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    leave(run_door(main))

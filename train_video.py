@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cogvideox import environment
 from cogvideox.build import build
-from cogvideox.command_line import add_config_arguments, parse, run_door
+from cogvideox.command_line import add_config_arguments, leave, parse, run_door
 from cogvideox.config import Config, ConfigError, Part, load_config, save_config, to_yaml
 from cogvideox.plan import describe
 
@@ -116,4 +116,4 @@ def open_data(config: Config, path: str):
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    leave(run_door(main))

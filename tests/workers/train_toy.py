@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvideox import dist
+from cogvideox.command_line import leave
 from cogvideox.config import Part, TrainConfig
 from cogvideox.engine.trainer import Trainer
 from cogvideox.engine.validation import HeldOutLoss
@@ -136,3 +137,4 @@ def main(runs: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()))
+    leave(0)
