@@ -85,8 +85,8 @@ class VideoDiffusion(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.patch_t = config.model.transformer.patch_size[0] if config.model.transformer else 1
         net = build_transformer(config, skip_init=config.load.transformer is not None)
+        self.patch_t = net.patch_size[0]
         self.model = nn.ModuleDict({"diffusion_model": net})
         self.conditioner = Conditioner(build(_condition(part, config)) for part in config.model.conditions)
         self._vae = (build_vae(config).requires_grad_(False).eval(),)  # a tuple hides it from registration

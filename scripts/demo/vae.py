@@ -29,6 +29,7 @@ def reconstruct(demo: Demo) -> None:
     from cogvideox.system import build_vae
     from cogvideox.vae.autoencoder import split_moments
     from cogvideox.vae.losses import psnr
+    from cogvideox.vae.training import pixels_to_float
     from cogvideox.weights.load import load_vae
 
     vae = build_vae(demo.config).eval()
@@ -36,7 +37,7 @@ def reconstruct(demo: Demo) -> None:
     folder = demo.samples("reconstructed")
     squares, decibels = [], []
     for path in tqdm(demo.true_clips("validation", "held_out"), desc="reconstructing", unit="clip"):
-        video = read_clip(path)[None].float() / 127.5 - 1  # (1, F, 3, H, W)
+        video = pixels_to_float(read_clip(path)[None])  # (1, F, 3, H, W)
         mean, logvar = split_moments(vae.encode(video))
         reconstruction = vae.decode(mean).clamp(-1, 1)
         squares.append((mean.square() + logvar.exp()).mean())  # of what training draws from the posterior
