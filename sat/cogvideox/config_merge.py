@@ -31,11 +31,16 @@ class Part:
 
 
 def merge_files(paths: list[Path], *, is_upstream: Callable, translate: Callable) -> dict[str, Any]:
-    """Load and merge YAML files; those of CogVideo's ``sat/`` folder are merged first and translated together."""
+    """Load and merge YAML files; later wins.
+
+    Those of CogVideo's ``sat/`` folder are merged as there (a part whose target changes keeps its params), translated
+    together, and stand where the first of them stands.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    before: dict[str, Any] = {}  # files of this project in front of upstream's
     ours: dict[str, Any] = {}
     upstream: dict[str, Any] = {}
     for path in paths:
@@ -50,11 +55,13 @@ def merge_files(paths: list[Path], *, is_upstream: Callable, translate: Callable
         if not isinstance(loaded, dict):
             raise ConfigError(f"{path}: expected a mapping of sections, found a {type(loaded).__name__}")
         if is_upstream(loaded):
-            upstream = merge(upstream, loaded)
+            if not upstream:
+                before, ours = ours, {}
+            upstream = OmegaConf.to_container(OmegaConf.merge(upstream, loaded), resolve=False)
         else:
             ours = merge(ours, loaded)
     if upstream:
-        ours = merge(translate(upstream), ours)
+        ours = merge(merge(before, translate(upstream)), ours)
     return ours
 
 

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import logging
+import difflib
 from collections.abc import Iterator
 from typing import Any
 
 from cogvideox.config_merge import ConfigError
-from cogvideox.upstream_rules import UPSTREAM_MODULES
-
-logger = logging.getLogger("cogvideox")
+from cogvideox.upstream_rules import IMPOSSIBLE, SECTIONS, UNREAD, UPSTREAM_MODULES
 
 
 class UpstreamSource:
     """Upstream's mapping, addressed by dotted paths. ``take`` removes what is understood.
 
     ``ignore`` removes a key without effect and keeps the reason; ``only`` and ``target`` remove a key that must hold
-    one of the values that this project implements; ``finish`` reports all of that, and what is left, at once.
+    one of the values that this project implements; ``report`` tells all of that, and what is left, at once.
     """
 
     def __init__(self, tree: dict[str, Any]):
         self.tree = _lists_as_mappings(tree)
         self.problems: list[str] = []
-        self.notes: dict[str, list[str]] = {}
+        self._without_effect: dict[str, list[str]] = {}  # reason -> paths
+        self._acting_otherwise: dict[str, list[str]] = {}
+        self._asked: set[str] = set()
 
     def get(self, path: str, default: Any = None) -> Any:
+        names = path.split(".")
+        self._asked.update(".".join(names[:n]) for n in range(1, len(names) + 1))
         node: Any = self.tree
-        for name in path.split("."):
+        for name in names:
             if not isinstance(node, dict) or name not in node:
                 return default
             node = node[name]
@@ -43,25 +45,22 @@ class UpstreamSource:
             node.pop(name, None)
         return value
 
+    def take_number(self, path: str, default: float | None = None) -> Any:
+        """``take`` for a number that may be written as a text: ``1e-8`` is one to a YAML 1.1 reader."""
+        value = self.take(path, default)
+        try:
+            return float(value) if isinstance(value, str) else value
+        except ValueError:
+            self.problems.append(f"{path}={value!r}: expected a number")
+            return default
+
     def check_kinds(self, kinds: dict[str, type | int]) -> None:
         """Raise ConfigError where a value has another kind than the translation calculates with."""
         for path, kind in kinds.items():
             value = self.get(path)
-            if value is None:
-                continue
-            if isinstance(kind, int):
-                right, expected = (
-                    isinstance(value, list) and kind in (0, len(value)),
-                    f"a list of {kind or 'values'}",
-                )
-            elif kind is dict:
-                right, expected = isinstance(value, dict), "a section"
-            else:
-                right, expected = (
-                    isinstance(value, (int, kind)),
-                    "a whole number" if kind is int else "a number",
-                )
-            if not right or isinstance(value, bool):
+            if value is not None and not _is_kind(value, kind):
+                names = {dict: "a section", bool: "true or false", int: "a whole number", float: "a number"}
+                expected = names[kind] if isinstance(kind, type) else f"a list of {kind or 'values'}"
                 raise ConfigError(f"{path}={value!r}: expected {expected}")
 
     def ignore(self, path: str, reason: str) -> None:
@@ -70,7 +69,12 @@ class UpstreamSource:
             self.note(path, reason)
 
     def note(self, path: str, reason: str) -> None:
-        self.notes.setdefault(reason, []).append(path)
+        """``path`` has no effect here."""
+        self._without_effect.setdefault(reason, []).append(path)
+
+    def note_difference(self, path: str, what: str) -> None:
+        """``path`` is translated, but into something that acts otherwise in some respect."""
+        self._acting_otherwise.setdefault(what, []).append(path)
 
     def only(self, path: str, *allowed: Any, why: str) -> None:
         """Take a key that must hold one of the values that this project implements (or be absent)."""
@@ -79,34 +83,79 @@ class UpstreamSource:
             self.problems.append(f"{path}={value!r}: {why}")
 
     def target(self, path: str, *known: str) -> str | None:
-        """Take ``path.target``: the class name where it is a known one of upstream's; a problem otherwise."""
+        """Take ``path.target``: the class name where it is a known one of upstream's.
+
+        Any other is a problem, which its whole part shares: the part is removed.
+        """
         value = self.take(f"{path}.target")
         if value is None:
             return None
         name = str(value).rpartition(".")[2]
         ours = str(value).split(".")[0] in UPSTREAM_MODULES | {"sat", "torch"}
-        if not ours or name not in known:
-            self.problems.append(f"{path}.target={value}: no equivalent here (known: {', '.join(known)})")
-            return None
-        return name
+        if ours and name in known:
+            return name
+        why = f"; {IMPOSSIBLE[name]}" if ours and name in IMPOSSIBLE else ""
+        self.problems.append(f"{path}.target={value}: no equivalent here (known: {', '.join(known)}){why}")
+        self.get(path).clear()
+        return None
 
     def left(self, path: str) -> Iterator[tuple[str, Any]]:
         """(path, value) of everything below ``path`` that was not taken."""
         node = self.get(path)
         return _leaves(node, f"{path}.") if isinstance(node, dict) else iter(())
 
-    def finish(self) -> None:
-        left = [f"{path}={value!r}: not known" for path, value in _leaves(self.tree)]
-        if problems := self.problems + left:
+    def report(self, own_sections: set[str]) -> str:
+        """What has no effect and what acts otherwise, grouped by reason; "" for nothing of either.
+
+        own_sections: names of this project's sections, which a file of upstream's must not hold.
+        Raises ConfigError for everything that cannot be translated.
+        """
+        for path, value in _leaves(self.tree):
+            self._judge(path, value, own_sections)
+        if self.problems:
             raise ConfigError(
                 "this YAML of CogVideo's sat/ folder has keys that cannot be translated; remove them or write the "
-                "file anew (docs/configuration.md):\n  " + "\n  ".join(problems)
+                "file anew (docs/configuration.md):\n  " + "\n  ".join(self.problems)
             )
-        if self.notes:
-            lines = [f"{reason}: {', '.join(paths)}" for reason, paths in self.notes.items()]
-            logger.warning(
-                "CogVideo's YAML translated; these keys have no effect here:\n  %s", "\n  ".join(lines)
-            )
+        lines = []
+        for heading, notes in (
+            ("Without effect here", self._without_effect),
+            ("With another effect here", self._acting_otherwise),
+        ):
+            lines += [f"{heading}:"] if notes else []
+            lines += [f"  {', '.join(dict.fromkeys(paths))}: {reason}" for reason, paths in notes.items()]
+        return "\n".join(lines)
+
+    def _judge(self, path: str, value: Any, own_sections: set[str]) -> None:
+        """A key that nobody took. Inside a part it is an argument, which would change the result; upstream's code looks
+        the others up by name, and so never saw this one."""
+        section, *names = path.split(".")
+        if section not in SECTIONS:
+            if section in own_sections:
+                self.problems.append(
+                    f"{path}={value!r}: a section of this project's; put it into a file of its own"
+                )
+            else:
+                self.note(path, UNREAD)
+            return
+        parent, _, name = path.rpartition(".")
+        siblings = {p.rpartition(".")[2]: p for p in self._asked if p.rpartition(".")[0] == parent}
+        near = difflib.get_close_matches(name, siblings.keys() - {name}, n=1)
+        hint = f"did you mean {near[0]}?" if near else ""
+        in_a_part = section in ("model", "data") and f"{section}.{names[0]}" in self._asked and len(names) > 1
+        if in_a_part:
+            self.problems.append(f"{path}={value!r}: not known{'; ' if hint else ''}{hint}")
+        else:
+            self.note(f"{path} ({hint})" if hint else path, UNREAD)
+
+
+def _is_kind(value: Any, kind: type | int) -> bool:
+    if kind is bool:
+        return isinstance(value, bool)
+    if isinstance(kind, int):
+        return isinstance(value, list) and kind in (0, len(value))
+    allowed = dict if kind is dict else (int, kind)
+    return isinstance(value, allowed) and not isinstance(value, bool)
 
 
 def _lists_as_mappings(node: Any) -> Any:
