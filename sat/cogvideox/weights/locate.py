@@ -1,8 +1,8 @@
 """From the path that a user gives to the files that hold the weights.
 
 Known layouts: SAT (`latest` + `N/mp_rank_00_model_states.pt`, `vae/3d-vae.pt`), run folders of this project
-(`RUN/checkpoints/` in DeepSpeed's layout, EMA beside it), diffusers (a pipeline or one of its components),
-transformers, and plain files: safetensors or torch, single or in shards with an index.
+(`RUN/checkpoints/` in DeepSpeed's layout, of any ZeRO stage, EMA beside it), diffusers (a pipeline or one of its
+components), transformers, and plain files: safetensors or torch, single or in shards with an index.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogvideox.weights.headers import shards_of
+from cogvideox.weights.headers import is_file_name, shards_of
+from cogvideox.weights.hub import resolve
 from cogvideox.weights.variants import download_advice
+from cogvideox.weights.zero import is_partitioned, rank_files
 
 STATES = "mp_rank_00_model_states.pt"
 COMPONENTS = ("transformer", "vae", "text_encoder")
@@ -38,12 +40,13 @@ class Source:
 
 
 def locate(path: str | Path, component: str | None = None) -> Source:
-    """Find the weight files. ``component``: which part to take where a folder holds several (COMPONENTS).
+    """Find the weight files of a path, or of an ``hf://`` address (hub.py).
 
-    Raises ValueError: nothing there (with what to download), a folder without weights, a step that `latest` names and
-    that does not exist, a missing shard, weights split over model-parallel ranks.
+    component: which part to take where a folder holds several (COMPONENTS). Raises ValueError: nothing there (with what
+    to download), a folder without weights, a step that `latest` names and that does not exist, a missing shard or rank,
+    weights split over model-parallel ranks.
     """
-    path = Path(path).expanduser()
+    path = resolve(path, component)
     if not path.exists():
         advice = download_advice(path)
         raise ValueError(f"weights not found: {path} does not exist{'. ' + advice if advice else ''}")
@@ -57,7 +60,7 @@ def _locate_file(path: Path) -> Source:
         return _locate_folder(path, path.parent, None)
     if path.name.endswith(".index.json"):
         return Source(path, "shards", tuple(shards_of(path)))
-    if path.name == STATES:
+    if path.name == STATES or is_partitioned([path]):
         return _states(path, path.parent)
     return Source(path, "file", (path,))
 
@@ -65,7 +68,7 @@ def _locate_file(path: Path) -> Source:
 def _locate_folder(path: Path, folder: Path, component: str | None) -> Source:
     if (folder / "latest").is_file():
         tag = (folder / "latest").read_text().strip()
-        if not tag or not (folder / tag).is_dir():
+        if not is_file_name(tag) or not (folder / tag).is_dir():
             raise ValueError(
                 f"{folder / 'latest'} names the step {tag!r}, but there is no folder {folder / tag}"
             )
@@ -95,15 +98,13 @@ def _locate_folder(path: Path, folder: Path, component: str | None) -> Source:
 
 def _states(path: Path, folder: Path) -> Source:
     ranks = sorted(folder.glob("mp_rank_*_model_states.pt"))
-    if not ranks:
-        raise ValueError(
-            f"{folder}: saved by ZeRO-3, which splits each weight over the ranks' files; gather it first: `python "
-            f"{folder.parent}/zero_to_fp32.py {folder.parent} OUT --tag {folder.name} --safe_serialization`"
-        )
-    if len(ranks) > 1:
-        raise ValueError(f"{folder}: saved with model parallel size {len(ranks)}; only size 1 can be read")
+    split = sorted({p.name.partition("_mp_rank_")[2] for p in folder.glob("*zero_pp_rank_*_model_states.pt")})
+    size = len(ranks) or len(split)
+    if size > 1:
+        raise ValueError(f"{folder}: saved with model parallel size {size}; only size 1 can be read")
+    files = tuple(ranks) or tuple(rank_files(folder, "model"))
     return Source(
-        path, "SAT or DeepSpeed folder", tuple(ranks), tuple(sorted(folder.glob("ema_rank_*.safetensors")))
+        path, "SAT or DeepSpeed folder", files, tuple(sorted(folder.glob("ema_rank_*.safetensors")))
     )
 
 

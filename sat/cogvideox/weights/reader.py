@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cogvideox.weights.headers import TensorHeader, is_safetensors, read_headers
+from cogvideox.weights.geometry import T5_ALIAS
+from cogvideox.weights.headers import TensorHeader, position, read_headers
 from cogvideox.weights.identify import describe
-from cogvideox.weights.locate import locate
+from cogvideox.weights.locate import STATES, locate
+from cogvideox.weights.zero import read_masters
 
 
 class WeightsReader:
     """The tensors of ``path`` by name. Averaged (EMA) tensors, where wanted and there, replace those of their names.
 
-    Raises ValueError where nothing can be read (locate.py, headers.py), where a pickle asks for more than weights
-    need, and where a rank's share of the averaged weights is missing.
+    Raises ValueError where nothing can be read (locate.py, headers.py, zero.py), where a pickle asks for more than
+    weights need, and where a rank's share of the averaged weights or of the masters is missing.
     """
 
-    def __init__(self, path: str | Path, component: str, *, ema: bool):
+    def __init__(self, path: str | Path, component: str | None, *, ema: bool, masters: bool = False):
+        """masters: the optimizer's fp32 copies in place of a run's weights; ZeRO-3 has no other weights."""
         source = locate(path, component)
         headers = read_headers(source.files)
+        if masters and source.files[0].name == STATES:
+            headers = read_masters(source.files[0])
+        elif masters and "zero_stage" not in headers.metadata:
+            raise ValueError(f"{source.path}: fp32 masters are asked for; only a run of DeepSpeed has them")
         if headers.foreign_globals:
             raise ValueError(
                 f"{headers.files[0]}: refused: its pickle asks for {', '.join(headers.foreign_globals[:3])}, which "
@@ -41,43 +45,46 @@ class WeightsReader:
                     f"{source.folder}: averaged weights of {len(source.ema_files)} ranks, but {ranks} trained; "
                     f"restore the missing ema_rank_*.safetensors, or set load.ema=false"
                 )
-            self.tensors.update(read_headers(source.ema_files).tensors)
-        self._wrappers = headers.wrappers
-        self._opened: dict[Path, Callable[[str], Tensor]] = {}
+            averaged = read_headers(source.ema_files).tensors
+            self.tensors.update(averaged)
+            for name, header in averaged.items():
+                # T5's token embedding has two names, and an average holds each tensor once.
+                alias = name.removesuffix("shared.weight") + T5_ALIAS
+                if name.endswith("shared.weight") and alias in self.tensors:
+                    self.tensors[alias] = header
+        self._mapped: dict[Path, torch.UntypedStorage] = {}
 
     def tensor(self, name: str) -> Tensor:
-        """On the CPU, in the file's dtype; its bytes are read when they are used."""
-        file = self.tensors[name].file
-        if file not in self._opened:
-            self._opened[file] = _open(file, self._wrappers.get(file))
-        return self._opened[file](name)
+        """On the CPU, in the file's dtype; its bytes are read when they are used.
+
+        Writing to it changes no file. One that ZeRO has split is put together in memory.
+        """
+        header = self.tensors[name]
+        if not header.slices:
+            return self.view(header)
+        parts = [self.view(part) for part in header.slices]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(header.shape)
 
     def expect(self, family: str) -> None:
         """ValueError unless these are weights of that family (transformer, vae, t5)."""
         if self.info.family != family:
             raise ValueError(f"{self.path}: expected the weights of a {family}, this is {self.info.variant}")
 
+    def view(self, header: TensorHeader) -> Tensor:
+        """The tensor at a header's place, mapped; ``header``: without slices."""
+        dtype = getattr(torch, header.dtype)
+        if header.numel == 0:
+            return torch.empty(header.shape, dtype=dtype)
+        start = position(header)
+        # A storage of its own for each tensor: torch.save writes the whole storage of what it is given.
+        storage = self._map(header.file)[start : start + header.extent]
+        if start % dtype.itemsize:
+            # Only torch before 1.6, and other writers of safetensors, leave numbers unaligned.
+            storage = storage.clone()
+        strides = header.stride or torch.empty(header.shape, device="meta").stride()
+        return torch.empty(0, dtype=dtype).set_(storage, 0, header.shape, strides)
 
-def _open(file: Path, wrapper: str | None) -> Callable[[str], Tensor]:
-    if is_safetensors(file):
-        from safetensors import safe_open
-
-        return safe_open(file, framework="pt", device="cpu").get_tensor
-    with torch.serialization.safe_globals(_numpy_globals()):
-        try:
-            # The format before torch 1.6 is no zip archive and cannot be mapped.
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            raise ValueError(f"{file}: torch.load(weights_only=True) cannot read it: {error}") from error
-    return (state[wrapper] if wrapper else state).__getitem__
-
-
-def _numpy_globals() -> list:
-    """What SAT's checkpoints need for numpy's random state, under the names of numpy 1 and 2."""
-    import numpy as np
-
-    functions = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
-    named = [
-        (f, f"numpy.{core}.multiarray.{name}") for name, f in functions.items() for core in ("core", "_core")
-    ]
-    return [*named, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
+    def _map(self, file: Path) -> torch.UntypedStorage:
+        if file not in self._mapped:
+            self._mapped[file] = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
+        return self._mapped[file]
