@@ -1,4 +1,4 @@
-"""What a weight file or folder holds, from its headers: ``python -m scripts.inspect_weights PATH [--json]``."""
+"""What weights are, from their headers: ``python -m scripts.inspect_weights PATH [--json] [--check]``."""
 
 from __future__ import annotations
 
@@ -11,22 +11,39 @@ from cogvideox.weights.locate import COMPONENTS
 
 
 def main(argv: list[str] | None = None) -> int:
+    """0; 1 where nothing can be read, or where ``--check`` finds NaN or infinity."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.inspect_weights", description=__doc__.partition(":")[0]
     )
     parser.add_argument(
-        "path", help="a SAT, DeepSpeed, diffusers or run folder, or a safetensors or torch file"
+        "path",
+        help="a SAT, DeepSpeed, diffusers or run folder, a safetensors or torch file, or hf://ORG/NAME",
     )
     parser.add_argument("--component", choices=COMPONENTS, help="which part of a pipeline folder")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--check", action="store_true", help="read every value, report NaN and infinity")
     arguments = parser.parse_args(argv)
     try:
         info = identify(arguments.path, arguments.component)
+        damaged = _damaged(arguments.path, arguments.component) if arguments.check else None
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(info.as_dict(), indent=2) if arguments.json else info)
-    return 0
+    if arguments.json:
+        print(json.dumps(info.as_dict() | ({} if damaged is None else {"damaged_values": damaged}), indent=2))
+    else:
+        print(info)
+        for line in damaged or ():
+            print(f"{'DAMAGED':<16}{line}")
+        if damaged == []:
+            print(f"{'values':<16}all finite")
+    return 1 if damaged else 0
+
+
+def _damaged(path: str, component: str | None) -> list[str]:
+    from cogvideox.weights.check import check_values  # torch
+
+    return check_values(path, component)
 
 
 if __name__ == "__main__":

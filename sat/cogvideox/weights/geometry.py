@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cogvideox.weights import lora_formats
 from cogvideox.weights.variants import Variant, variants_with
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -19,14 +20,6 @@ _ANCHORS = {
     ("vae", "diffusers"): "decoder.mid_block.resnets.0.conv1.conv.weight",
     ("t5", "transformers"): "encoder.block.0.layer.0.SelfAttention.q.weight",
 }
-_LORA_DOWN = {
-    "SAT": re.compile(r"layers\.(?P<layer>\d+)\.(?P<target>.+)\.matrix_A\.\d+$"),
-    "diffusers": re.compile(
-        r"transformer_blocks\.(?P<layer>\d+)\.(?P<target>.+?)(\.processor)?\.lora(_A|_down|\.down)(\.\w+)?\.weight$"
-    ),
-    "kohya": re.compile(r"transformer_blocks_(?P<layer>\d+)_(?P<target>.+)\.lora_down\.weight$"),
-}
-LORA_KEY = re.compile(r"\.matrix_[AB]\.\d+$|\.lora(_[AB]|_down|_up|\.down|\.up)(\.\w+)?\.weight$|\.alpha$")
 OPTIONAL_KEYS = re.compile(
     r"transformer\.position_embeddings\.weight"  # unused by rope models
     r"|mixins\.pos_embed\.freqs_(sin|cos)"  # the rotary table, recomputable
@@ -89,8 +82,18 @@ def find_model(names: Iterable[str], family: str) -> tuple[str, str] | None:
     return None
 
 
-def transformer_geometry(shapes: Shapes, naming: str = "SAT") -> Geometry | None:
-    """Read the dimensions off a transformer's shapes (prefix taken off). None where a part of it is missing."""
+def transformer_geometry(
+    shapes: Shapes,
+    naming: str = "SAT",
+    *,
+    patch_size: tuple[int, int, int] | None = None,
+    learned_table: bool | None = None,
+) -> Geometry | None:
+    """Read the dimensions off a transformer's shapes (prefix taken off). None where a part of it is missing.
+
+    patch_size: of a linear patch embedding, whose shape tells only the product with the channels; None: 2x2x2, as
+    published. learned_table: whether a position table is trained; None: by the rule below.
+    """
     sat = naming == "SAT"
     patch_embed = "mixins.patch_embed." if sat else "patch_embed."
     blocks = "transformer.layers." if sat else "transformer_blocks."
@@ -103,7 +106,7 @@ def transformer_geometry(shapes: Shapes, naming: str = "SAT") -> Geometry | None
         return None
     hidden = projection[0]
     # 1.0 embeds patches by a 2D convolution; 1.5 by a linear layer over 2x2x2, the only published temporal patch.
-    patch = (1, *projection[2:]) if len(projection) == 4 else (2, 2, 2)
+    patch = (1, *projection[2:]) if len(projection) == 4 else patch_size or (2, 2, 2)
     volume = patch[0] * patch[1] * patch[2]
     in_channels = projection[1] if len(projection) == 4 else projection[1] // volume
     head_dim = shapes.get(query_norm + "weight", (0,))[0]
@@ -111,6 +114,7 @@ def transformer_geometry(shapes: Shapes, naming: str = "SAT") -> Geometry | None
     table = shapes.get(TABLE_KEYS[0] if sat else TABLE_KEYS[1])
     # The fixed table of 2B has the same name as the learned one of 5B-I2V, which comes with rotary keys or image input.
     rotary = any(OPTIONAL_KEYS.fullmatch(name) for name in shapes)
+    trained = rotary or in_channels != out // volume
     return Geometry(
         num_layers=1
         + max((int(m[1]) for name in shapes if (m := re.match(rf"{blocks}(\d+)\.", name))), default=-1),
@@ -122,7 +126,7 @@ def transformer_geometry(shapes: Shapes, naming: str = "SAT") -> Geometry | None
         time_embed_dim=time,
         text_hidden_size=text[1],
         ofs_embed_dim=ofs[1] if ofs else None,
-        learned_table=table is not None and (rotary or in_channels != out // volume),
+        learned_table=table is not None and (learned_table if learned_table is not None else trained),
         table_tokens=table[1] if table else None,
     )
 
@@ -142,20 +146,47 @@ def vae_geometry(shapes: Shapes, naming: str = "SAT") -> dict[str, Any]:
     }
 
 
-def lora_geometry(shapes: Shapes) -> dict[str, Any] | None:
-    """naming, rank, targets, number of layers and width of the LoRA matrices among these shapes, or None."""
-    for naming, pattern in _LORA_DOWN.items():
-        found = [(m["layer"], m["target"], shapes[name]) for name in shapes if (m := pattern.search(name))]
-        if found:
-            ranks = sorted({shape[0] for *_, shape in found})
-            return {
-                "naming": naming,
-                "ranks": ranks,
-                "targets": sorted({target for _, target, _ in found}),
-                "layers": 1 + max(int(layer) for layer, *_ in found),
-                "width": min(shape[1] for *_, shape in found),
-            }
-    return None
+@dataclass(frozen=True)
+class LoraGeometry:
+    """What the names and shapes of a LoRA's matrices tell."""
+
+    names: lora_formats.LoraNames
+    ranks: dict[str, int]
+    # By module, under its canonical name.
+    num_layers: int
+    # 1 + the last transformer layer that it touches.
+    hidden_size: int | None
+    # None: none of its modules shows the width of the network.
+
+
+def has_lora(names: Iterable[str]) -> bool:
+    """Whether there are matrices of a LoRA, of whatever model, among these names."""
+    return any(lora_formats.is_lora(name) and not name.endswith(".alpha") for name in names)
+
+
+def lora_geometry(shapes: Shapes) -> LoraGeometry:
+    """Read a LoRA's dimensions. ValueError: none of a CogVideoX transformer, or not whole (lora_formats.parse)."""
+    names = lora_formats.parse(shapes)
+    layers = [int(m[1]) for name in names.down if (m := re.match(r"transformer_blocks\.(\d+)\.", name))]
+    sides = ((module, shapes[names.down[module]], shapes[names.up[module]]) for module in names.down)
+    return LoraGeometry(
+        names=names,
+        ranks={module: shapes[name][0] for module, name in names.down.items()},
+        num_layers=1 + max(layers, default=-1),
+        hidden_size=next((width for side in sides if (width := lora_width(*side))), None),
+    )
+
+
+def lora_width(module: str, down: tuple[int, ...], up: tuple[int, ...]) -> int | None:
+    """hidden_size of the network, from the shapes (r, in) and (out, r) of a module's matrices; None: not in them."""
+    if re.fullmatch(r".+\.attn1\..+|.+\.ff\.net\.0\.proj|proj_out|time_embedding\.linear_1", module):
+        return down[1]
+    if re.fullmatch(r".+\.ff\.net\.2|patch_embed\..+", module):
+        return up[0]
+    chunks = (
+        6 if re.fullmatch(r".+\.norm[12]\.linear", module) else 2 if module == "norm_out.linear" else None
+    )
+    return up[0] // chunks if chunks else None
 
 
 def is_optional(name: str, learned_table: bool) -> bool:

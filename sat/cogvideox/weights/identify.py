@@ -2,111 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cogvideox.weights import provenance
+from cogvideox.weights.beside import Beside, contradictions, read_beside, stated_geometry
 from cogvideox.weights.geometry import (
-    LORA_KEY,
     T5_ALIAS,
     Shapes,
     find_model,
     is_optional,
-    lora_geometry,
     shapes_of,
     transformer_geometry,
     vae_geometry,
 )
 from cogvideox.weights.headers import Headers, is_safetensors, read_headers
-from cogvideox.weights.locate import COMPONENTS, STATES, Source, locate
-from cogvideox.weights.variants import variants_with
+from cogvideox.weights.info import WeightsInfo
+from cogvideox.weights.locate import COMPONENTS, Source, locate
+from cogvideox.weights.lora_formats import is_lora
+from cogvideox.weights.lora_info import fill_lora, find_lora, lora_tool, take_constants
+from cogvideox.weights.nearest import looks_like
+from cogvideox.weights.variants import VARIANTS
+from cogvideox.weights.zero import stage
 
-
-@dataclass
-class WeightsInfo:
-    """What ``identify`` found. ``str(info)`` is a table, ``info.as_dict()`` goes into json. None: does not apply."""
-
-    path: Path
-    family: str
-    # transformer, vae, t5, lora or unknown: the main thing in the file.
-    variant: str
-    # "CogVideoX-5B", "unknown CogVideoX-type", "CogVideoX VAE", "LoRA for CogVideoX-2B" ...
-    layout: str
-    naming: str
-    # Whose names the keys carry: SAT, diffusers, transformers, kohya.
-    prefix: str
-    dtype: str
-    # Of most parameters.
-    num_tensors: int
-    num_parameters: int
-    # Of this family alone, without LoRA and optional keys.
-    size_bytes: int
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    num_attention_heads: int | None = None
-    patch_size: tuple[int, int, int] | None = None
-    in_channels: int | None = None
-    out_channels: int | None = None
-    time_embed_dim: int | None = None
-    text_hidden_size: int | None = None
-    ofs_embed_dim: int | None = None
-    learned_table: bool | None = None
-    table_tokens: int | None = None
-    channels: int | None = None
-    channel_multipliers: tuple[int, ...] | None = None
-    num_res_blocks: int | None = None
-    z_channels: int | None = None
-    latent_scale: float | None = None
-    snr_shift: float | None = None
-    published_dtype: str | None = None
-    # The precision the published model was trained in.
-    config: str | None = None
-    # The configuration file that fits.
-    lora_rank: int | None = None
-    lora_targets: list[str] = field(default_factory=list)
-    lora_layers: int | None = None
-    optional_keys: list[str] = field(default_factory=list)
-    others: dict[str, str] = field(default_factory=dict)
-    # Further models in the same file or folder.
-    has_ema: bool = False
-    has_optimizer: bool = False
-    step: int | None = None
-    refused_globals: list[str] = field(default_factory=list)
-    # Names in the pickle for which loading refuses the file.
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "path": str(self.path)}
-
-    def __str__(self) -> str:
-        shown = {**self.as_dict(), "num_parameters": f"{self.num_parameters:,}"}
-        shown["size_bytes"] = f"{self.size_bytes:,} ({self.size_bytes / 2**30:.2f} GiB)"
-        shown["others"] = "; ".join(f"{name}: {what}" for name, what in self.others.items())
-        rows = [(key, value) for key, value in shown.items() if value not in (None, "", (), [], False)]
-        return "\n".join(f"{key.replace('_', ' '):<20} {_plain(value)}" for key, value in rows)
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+__all__ = ["WeightsInfo", "describe", "identify"]
 
 
 def identify(path: str | Path, component: str | None = None) -> WeightsInfo:
-    """Identify a file or folder. ``component``: which part of a pipeline folder (transformer first by default).
+    """Identify a file, a folder or an ``hf://`` address. ``component``: which part of a pipeline folder (transformer
+    first by default; the other parts are then in ``components``).
 
     Reads headers only, under two seconds for any size. Raises ValueError where there is nothing to read (locate.py,
-    headers.py); weights of another kind are no error: their family is "unknown".
+    headers.py, hub.py); weights of another kind are no error: their family is "unknown".
     """
     source = locate(path, component)
-    headers = read_headers(source.files)
-    info = describe(headers, source)
+    info = describe(read_headers(source.files), source)
+    if info.family == "vae" and info.latent_scale is None:
+        _take_scale_of_neighbour(info, source.folder)
     if component is None and source.path.is_dir():
         taken = [source.folder, *source.folder.parents]
         for folder in (source.path / name for name in COMPONENTS):
             if folder.is_dir() and folder not in taken:
-                info.others[folder.name] = _summary(folder)
+                _add_component(info, folder)
     return info
 
 
@@ -114,9 +55,13 @@ def describe(headers: Headers, source: Source) -> WeightsInfo:
     """``identify`` for headers that have been read."""
     found = {family: find_model(headers.tensors, family) for family in ("transformer", "vae", "t5")}
     families = [family for family, place in found.items() if place]
-    lora = lora_geometry(shapes_of(headers.tensors))
+    lora, unreadable = find_lora(headers)
     family = families[0] if families else "lora" if lora else "unknown"
-    prefix, naming = found.get(family) or ("", lora["naming"] if lora else "unknown")
+    prefix, naming = found.get(family) or ("", lora.names.format if lora else "unknown")
+    beside = read_beside(source.folder)
+    record = provenance.read(headers.metadata, source.folder if beside.state else None)
+    if not beside.config_yaml and isinstance(record.get("config"), dict):
+        beside.config_yaml = record["config"]
     info = WeightsInfo(
         path=source.path,
         family=family,
@@ -130,20 +75,33 @@ def describe(headers: Headers, source: Source) -> WeightsInfo:
         size_bytes=headers.size_bytes,
         has_ema=bool(source.ema_files),
         has_optimizer=any(source.folder.glob("*optim_states.pt")),
-        step=next(
-            (headers.metadata[k] for k in ("global_steps", "iteration") if k in headers.metadata), None
-        ),
+        zero_stage=beside.state.get("zero_stage", headers.metadata.get("zero_stage")),
+        step=_step(headers, beside),
         refused_globals=headers.foreign_globals,
+        notes=list(beside.problems),
     )
+    if info.zero_stage is None and info.has_optimizer:
+        _read_zero_stage(info, source.folder)
+    info.format, info.provenance = _format(headers, source, info, beside), record
     shapes = shapes_of(headers.tensors, prefix)
-    {"transformer": _fill_transformer, "vae": _fill_vae, "t5": _fill_t5}.get(family, _fill_rest)(
-        info, shapes, source
-    )
+    fill = {"transformer": _fill_transformer, "vae": _fill_vae, "t5": _fill_t5}.get(family)
+    if fill:
+        fill(info, shapes, beside)
+        info.notes += contradictions(beside, family, vars(info))
+    if unreadable and family != "unknown":
+        info.notes.append(f"its LoRA cannot be read: {unreadable}")
+    elif family == "unknown":
+        kind = f"a LoRA that cannot be read: {unreadable}" if unreadable else looks_like(shapes)
+        first = f"{', '.join(list(shapes)[:3])}{' ...' if len(shapes) > 3 else ''}"
+        info.variant = f"unknown ({len(shapes)} tensors: {first}): {kind}"
     if lora:
-        _fill_lora(info, lora)
-    counted = [
-        n for n in shapes if n not in info.optional_keys and (family == "lora" or not LORA_KEY.search(n))
-    ]
+        fill_lora(info, lora, headers, source, beside)
+    _tell_run(info, beside)
+    optional = {
+        *info.optional_keys,
+        *(n for n in shapes if is_lora(n) and (family != "lora" or n.endswith(".alpha"))),
+    }
+    counted = [n for n in shapes if n not in optional]
     others = [found[other][0] for other in families[1:]]
     info.num_parameters = sum(
         headers.tensors[prefix + n].numel for n in counted if not any(o and n.startswith(o) for o in others)
@@ -152,41 +110,52 @@ def describe(headers: Headers, source: Source) -> WeightsInfo:
     return info
 
 
-def _summary(folder: Path) -> str:
+def _read_zero_stage(info: WeightsInfo, folder: Path) -> None:
+    """Of a checkpoint that another project wrote. Its weights are whole whatever its optimizer files are."""
     try:
-        return identify(folder).variant
+        info.zero_stage = stage(folder)
     except ValueError as error:
-        return f"unreadable ({error})"
+        info.notes.append(f"its optimizer state cannot be read: {error}")
 
 
-def _fill_transformer(info: WeightsInfo, shapes: Shapes, source: Source) -> None:
+# ----------------------------------------------------------------------------------------------- the models
+
+
+def _fill_transformer(info: WeightsInfo, shapes: Shapes, beside: Beside) -> None:
     geometry = transformer_geometry(shapes, info.naming)
     if geometry is None:
         info.variant = "a part of a CogVideoX-type transformer"
+        info.notes.append(looks_like(shapes))
         return
-    for key, value in dataclasses.asdict(geometry).items():
+    stated, where = stated_geometry(beside)
+    if geometry.variant() is None and stated:
+        told = transformer_geometry(shapes, info.naming, **stated)
+        if told != geometry:
+            patch = "x".join(map(str, told.patch_size))
+            table = f", {'a learned' if told.learned_table else 'no learned'} position table"
+            info.notes.append(f"patch {patch}{table}: taken from {where}; the tensors do not tell")
+            geometry = told
+    for key, value in asdict(geometry).items():
         setattr(info, key, value)
     info.optional_keys = [n for n in shapes if is_optional(n, geometry.learned_table)]
     variant = geometry.variant()
     info.variant = variant.name if variant else "unknown CogVideoX-type"
     if variant:
-        info.latent_scale, info.snr_shift = variant.latent_scale, variant.snr_shift
-        info.published_dtype, info.config = variant.dtype, variant.config
+        take_constants(info, variant)
+        info.config = variant.config
 
 
-def _fill_vae(info: WeightsInfo, shapes: Shapes, source: Source) -> None:
+def _fill_vae(info: WeightsInfo, shapes: Shapes, beside: Beside) -> None:
     for key, value in vae_geometry(shapes, info.naming).items():
         setattr(info, key, value)
     published = (info.channels, info.channel_multipliers, info.num_res_blocks) == (128, (1, 2, 2, 4), 3)
     info.variant = "CogVideoX VAE" if published and info.z_channels == 16 else "unknown CogVideoX-type VAE"
-    # 2B and 5B have VAEs of one shape; only a diffusers config beside the file tells their scales apart.
-    config = source.folder / "config.json"
-    if config.is_file():
-        info.latent_scale = json.loads(config.read_text()).get("scaling_factor")
+    # 2B and 5B have VAEs of one shape; only what stands beside the file tells their scales apart.
+    info.latent_scale = beside.config_json.get("scaling_factor", beside.section("vae").get("scale_factor"))
     info.optional_keys = [name for name in shapes if name.startswith("loss.")]
 
 
-def _fill_t5(info: WeightsInfo, shapes: Shapes, source: Source) -> None:
+def _fill_t5(info: WeightsInfo, shapes: Shapes, beside: Beside) -> None:
     blocks = [int(m[1]) for name in shapes if (m := re.match(r"encoder\.block\.(\d+)\.", name))]
     info.num_layers = 1 + max(blocks)
     info.hidden_size = info.text_hidden_size = shapes["encoder.block.0.layer.0.SelfAttention.q.weight"][1]
@@ -200,24 +169,72 @@ def _fill_t5(info: WeightsInfo, shapes: Shapes, source: Source) -> None:
     ]
 
 
-def _fill_rest(info: WeightsInfo, shapes: Shapes, source: Source) -> None:
-    if info.family == "unknown":
-        names = ", ".join(list(shapes)[:3])
-        info.variant = f"unknown ({len(shapes)} tensors: {names}{' ...' if len(shapes) > 3 else ''})"
+# ------------------------------------------------------------------------------------------- what belongs to it
 
 
-def _fill_lora(info: WeightsInfo, lora: dict[str, Any]) -> None:
-    info.lora_rank, info.lora_targets, info.lora_layers = lora["ranks"][-1], lora["targets"], lora["layers"]
-    if len(lora["ranks"]) > 1:
-        info.others["LoRA ranks"] = _plain(lora["ranks"])
-    if info.family != "lora":
-        info.variant += f" with LoRA (rank {info.lora_rank})"
+def _tell_run(info: WeightsInfo, beside: Beside) -> None:
+    """A checkpoint of a run of ours, or a file made from one: not the published weights, and used with its config."""
+    if beside.is_run:
+        info.config = str(beside.config_file)
+    if beside.config_yaml and info.family in ("transformer", "lora"):
+        _take_constants_of_run(info, beside)
+    if info.provenance.get("merged"):
+        info.variant += f" with {len(info.provenance['merged'])} LoRA merged in"
+    if info.family == "unknown" or not (beside.is_run or "step" in info.provenance):
         return
-    fits = [v.name for v in variants_with(num_layers=lora["layers"], hidden_size=lora["width"])]
-    info.num_layers, info.hidden_size = lora["layers"], lora["width"]
-    info.variant = (
-        f"LoRA for {' or '.join(fits) or f'a network of {info.num_layers} layers x {info.hidden_size}'}"
-    )
+    if info.family == "lora":
+        info.variant += " (run of this project)"
+    elif info.lora_rank is None:
+        key = {"t5": "text_encoder"}.get(info.family, info.family)
+        begun = not beside.config_yaml or beside.section("load").get(key)
+        info.variant += ", fine-tuned" if begun else ", trained from random weights"
+
+
+def _take_constants_of_run(info: WeightsInfo, beside: Beside) -> None:
+    schedule = beside.section("model", "schedule", "params")
+    used = {
+        "latent_scale": beside.section("vae").get("scale_factor"),
+        "snr_shift": schedule.get("snr_shift", 1.0),
+    }
+    for name, value in used.items():
+        published = getattr(info, name)
+        if value is not None and published not in (None, value):
+            info.notes.append(f"{info.base} has {name.replace('_', ' ')} {published}, the run used {value}")
+        setattr(info, name, published if value is None else value)
+
+
+def _take_scale_of_neighbour(info: WeightsInfo, folder: Path) -> None:
+    """The latent scale of the transformer in the same pipeline, where there is one or all agree."""
+    found: dict[float, str] = {}
+    for neighbour in sorted(p for p in folder.parent.glob("transformer*") if p.is_dir()):
+        try:
+            other = identify(neighbour)
+        except (ValueError, OSError):
+            continue
+        if other.latent_scale is not None:
+            found[other.latent_scale] = f"{other.variant} in {neighbour.name}/"
+    if len(found) == 1:
+        ((info.latent_scale, whose),) = found.items()
+        info.notes.append(f"latent scale: that of the {whose}")
+    elif info.variant == "CogVideoX VAE":
+        scales = " or ".join(f"{v.latent_scale} ({v.name})" for v in (VARIANTS[0], VARIANTS[1]))
+        info.notes.append(f"latent scale: {scales}; all published VAEs have one shape")
+
+
+def _add_component(info: WeightsInfo, folder: Path) -> None:
+    try:
+        part = identify(folder)
+    except ValueError as error:
+        info.others[folder.name] = f"unreadable ({error})"
+        return
+    info.others[folder.name] = part.variant
+    info.components[folder.name] = part
+
+
+def _step(headers: Headers, beside: Beside) -> int | None:
+    kept: list[Mapping[str, Any]] = [beside.state, headers.metadata]
+    found = (known[key] for known in kept for key in ("step", "global_steps", "iteration") if key in known)
+    return next((step for step in found if isinstance(step, int)), None)
 
 
 def _dtype(headers: Headers, prefix: str) -> str:
@@ -228,8 +245,12 @@ def _dtype(headers: Headers, prefix: str) -> str:
     return counts.most_common(1)[0][0] if counts else "unknown"
 
 
+def _is_states(source: Source) -> bool:
+    return source.files[0].name.endswith("_model_states.pt")
+
+
 def _layout(headers: Headers, source: Source, family: str) -> str:
-    if source.files[0].name == STATES:
+    if _is_states(source):
         return "DeepSpeed run folder" if "ds_version" in headers.metadata else "SAT folder"
     container = "safetensors" if is_safetensors(source.files[0]) else "torch"
     amount = f"{len(source.files)} {container} shards" if len(source.files) > 1 else f"one {container} file"
@@ -238,3 +259,16 @@ def _layout(headers: Headers, source: Source, family: str) -> str:
     if family == "vae" and container == "torch":
         return "SAT VAE file"
     return amount
+
+
+def _format(headers: Headers, source: Source, info: WeightsInfo, beside: Beside) -> str:
+    """WeightsInfo.format."""
+    if _is_states(source):
+        return "DeepSpeed run" if "ds_version" in headers.metadata or beside.is_run else "SAT"
+    if info.family == "lora":
+        return f"{lora_tool(headers, source, info.naming)} LoRA"
+    if source.layout == "diffusers folder":
+        return "transformers" if info.family == "t5" else "diffusers"
+    if is_safetensors(source.files[0]):
+        return "safetensors"
+    return "SAT" if info.naming == "SAT" else "torch"

@@ -2,15 +2,16 @@
 
 ``{}`` stands for the number of a transformer layer; how many there are is read from the keys. Three kinds of entry:
 one key has one counterpart; q|k|v are thirds of one tensor; the 12 adaLN chunks are spread over two tensors.
-Pure torch: no model is built, nothing is copied that need not be.
+No model is built, nothing is copied that need not be; the tables alone need no torch.
 """
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAT_PREFIX = "model.diffusion_model."
 
@@ -88,6 +89,8 @@ def sat_to_diffusers(
     learned_position: whether a stored position table is learned (5B-I2V) or the fixed one of 2B, which diffusers does
     not store. None: looked up in its values.
     """
+    import torch
+
     source = {key.removeprefix(SAT_PREFIX): value for key, value in state_dict.items()}
     for key in DROPPED:
         source.pop(key, None)
@@ -134,6 +137,8 @@ def is_sincos_table(table: Tensor) -> bool:
 
     The first video token has time, width and height 0 whatever the size and interpolation.
     """
+    import torch
+
     rows = table[0].float()
     marked = rows.abs().sum(dim=1).nonzero()
     if len(marked) == 0:
@@ -150,6 +155,8 @@ def is_sincos_table(table: Tensor) -> bool:
 def _join(
     state_dict: dict[str, Tensor], parts: tuple[tuple[str, tuple[int, ...]], ...], index: str
 ) -> Tensor:
+    import torch
+
     names = [name.format(index) for name, _ in parts]
     if missing := [name for name in names if name not in state_dict]:
         raise ValueError(

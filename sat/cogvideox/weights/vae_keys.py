@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Beginnings of names, SAT <-> diffusers; what follows them is the same on both sides. {i}: a level of the encoder;
 # {u}: a level of the decoder, counted from the other end; {j}: a block; {m}: a middle block, from 1 in SAT, from 0 in

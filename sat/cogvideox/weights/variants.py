@@ -29,21 +29,46 @@ class Variant:
     # Repository on huggingface.co, in diffusers format.
     config: str
     # The file of this project that fits.
+    num_attention_heads: int
+    rotary: bool
+    # Rotary position; otherwise a fixed sine-cosine table.
+    num_frames: int
+    height: int
+    width: int
+    # Native size in pixels; latents are 8 times smaller, and there are (num_frames - 1) / 4 + 1.
+    fps: int
+    text_length: int
+    # In training and in the SAT weights' configuration. diffusers' configs say 226 throughout.
+    scheduler: str
+    # diffusers' class: the sampler that the authors recommend.
+    invert_scale_latents: bool
+    # diffusers divides the image's latent by the scale instead of multiplying (a key of the VAE's config.json).
+
+    @property
+    def image_to_video(self) -> bool:
+        return self.in_channels == 32
+
+    @property
+    def pipeline(self) -> str:
+        """diffusers' pipeline class."""
+        return "CogVideoXImageToVideoPipeline" if self.image_to_video else "CogVideoXPipeline"
 
 
 _P1, _P2 = (1, 2, 2), (2, 2, 2)
+_V1, _V15 = (49, 480, 720, 8, 226), (81, 768, 1360, 16, 224)
+_DDIM, _DPM = "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"
 # fmt: off
 VARIANTS = (
     Variant("CogVideoX-2B", 30, 1920, _P1, 16, False, None, 1.15258426, 3.0, "float16",
-            "THUDM/CogVideoX-2b", "configs/cogvideox_2b.yaml"),
+            "THUDM/CogVideoX-2b", "configs/cogvideox_2b.yaml", 30, False, *_V1, _DDIM, False),
     Variant("CogVideoX-5B", 42, 3072, _P1, 16, False, None, 0.7, 1.0, "bfloat16",
-            "THUDM/CogVideoX-5b", "configs/cogvideox_5b.yaml"),
+            "THUDM/CogVideoX-5b", "configs/cogvideox_5b.yaml", 48, True, *_V1, _DPM, False),
     Variant("CogVideoX-5B-I2V", 42, 3072, _P1, 32, True, None, 0.7, 1.0, "bfloat16",
-            "THUDM/CogVideoX-5b-I2V", "configs/cogvideox_5b_i2v.yaml"),
+            "THUDM/CogVideoX-5b-I2V", "configs/cogvideox_5b_i2v.yaml", 48, True, *_V1, _DPM, False),
     Variant("CogVideoX1.5-5B", 42, 3072, _P2, 16, False, None, 0.7, 1.0, "bfloat16",
-            "THUDM/CogVideoX1.5-5B", "configs/cogvideox1.5_5b.yaml"),
+            "THUDM/CogVideoX1.5-5B", "configs/cogvideox1.5_5b.yaml", 48, True, *_V15, _DPM, False),
     Variant("CogVideoX1.5-5B-I2V", 42, 3072, _P2, 32, False, 512, 0.7, 1.0, "bfloat16",
-            "THUDM/CogVideoX1.5-5B-I2V", "configs/cogvideox1.5_5b_i2v.yaml"),
+            "THUDM/CogVideoX1.5-5B-I2V", "configs/cogvideox1.5_5b_i2v.yaml", 48, True, *_V15, _DPM, True),
 )
 # fmt: on
 T5_HUB = "google/t5-v1_1-xxl"
@@ -64,7 +89,7 @@ def variant_named_in(path: Path | str) -> Variant | None:
 def download_advice(path: Path | str) -> str:
     """One sentence on how to get published weights, or "" where the path does not look like them.
 
-    "CogVideoX-5B-I2V is published as THUDM/CogVideoX-5b-I2V: `hf download zai-org/... --local-dir weights/...`"
+    "CogVideoX-5B-I2V is published as THUDM/CogVideoX-5b-I2V: `hf download THUDM/... --local-dir weights/...`"
     """
     text = str(path).lower()
     variant = variant_named_in(path)
