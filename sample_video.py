@@ -29,10 +29,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--from", dest="sidecar", metavar="JSON", help="make the video of this sidecar again")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="one video per text")
     parser.add_argument(
-        "--prompt-file", metavar="FILE", help="one prompt per line; - or nothing: standard input"
+        "--prompt-file",
+        metavar="FILE",
+        help="one prompt per line; -: standard input; default: sample.prompt_file",
     )
     parser.add_argument(
         "--image", metavar="FILE", help="first frame (image-to-video); a line `prompt@@file` has its own"
+    )
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        metavar="PATH[:STRENGTH]",
+        help="any format, strength 1 by default; sets load.lora",
     )
     parser.add_argument("--output-dir", metavar="DIR", help="overrides sample.output_dir")
     parser.add_argument("--seed", type=int, metavar="N", help="prompt i gets the seed N + i; overrides seed")
@@ -82,6 +90,8 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Co
         if not match:
             raise ConfigError(f"--size {arguments.size}: expected HEIGHTxWIDTH, such as 480x720")
         flags |= {"sample.height": match[1], "sample.width": match[2]}
+    if arguments.lora:
+        flags["load.lora"] = json.dumps([lora_entry(text) for text in arguments.lora])  # JSON is YAML
     overrides += [f"{key}={value}" for key, value in flags.items() if value is not None]
     if arguments.sidecar:
         sidecar = read_sidecar(arguments.sidecar)
@@ -99,9 +109,8 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Co
         raise ConfigError("the section sample is missing: add an overlay such as configs/sample.yaml")
     if arguments.dry_run:
         return config, [], True
-    requests = make_requests(
-        read_prompts(arguments.prompt, arguments.prompt_file), config.seed, arguments.image
-    )
+    prompt_file = arguments.prompt_file or (None if arguments.prompt else config.sample.prompt_file)
+    requests = make_requests(read_prompts(arguments.prompt, prompt_file), config.seed, arguments.image)
     has_image_condition = any("FirstFrame" in part.target for part in config.model.conditions)
     for request in requests:
         if (request.image is not None) != has_image_condition:
@@ -110,6 +119,15 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Co
             )
             raise ConfigError(f"prompt {request.index} ({request.prompt!r}): this model {expected}")
     return config, requests, False
+
+
+def lora_entry(text: str) -> dict[str, str | float]:
+    """``PATH`` or ``PATH:STRENGTH`` as an entry of load.lora. A tail that is no number belongs to the path."""
+    path, _, strength = text.rpartition(":")
+    try:
+        return {"path": path or text, "strength": float(strength) if path else 1.0}
+    except ValueError:
+        return {"path": text, "strength": 1.0}
 
 
 def read_sidecar(path: str) -> dict:

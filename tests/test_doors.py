@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
+import yaml
 
 import sample_video
 import train_video
@@ -166,13 +167,29 @@ def test_lora_changes_the_sample_and_merging_it_does_not(runs: Path, tmp_path: P
     for name, extra in {
         "plain": [],
         "merged": [f"load.lora={tmp_path}/lora"],
-        "apart": [f"load.lora={tmp_path}/lora", "sample.merge_lora=false"],
+        "apart": ["sample.merge_lora=false", "--lora", f"{tmp_path}/lora"],
+        "off": ["--lora", f"{tmp_path}/lora:0"],
+        "halves": ["--lora", f"{tmp_path}/lora:0.5", f"{tmp_path}/lora:5e-1"],
     }.items():
         assert sample(*arguments, tmp_path / name, *extra) == 0
-    plain, merged, apart = (
-        frames_of(next((tmp_path / n).glob("*.mp4"))) for n in ("plain", "merged", "apart")
+    plain, merged, apart, off, halves = (
+        frames_of(next((tmp_path / n).glob("*.mp4"))) for n in ("plain", "merged", "apart", "off", "halves")
     )
     assert (merged - apart).abs().max() <= 2 < (merged - plain).abs().max()  # after H.264
+    assert (merged - halves).abs().max() <= 2
+    assert torch.equal(off, plain)
+
+
+def test_lora_on_the_command_line_is_load_lora(capsys) -> None:
+    argv = ["--base", TINY, "sample.merge_lora=false", "--dry-run", "--lora"]
+    assert sample(*argv, "runs/a:0.5", "hf://org/name", "b.safetensors:-2", "odd:name", "--prompt", "a") == 0
+    config = next(yaml.safe_load_all(capsys.readouterr().out.partition("\n\n")[0]))
+    assert config["load"]["lora"] == [
+        {"path": "runs/a", "strength": 0.5},
+        {"path": "hf://org/name", "strength": 1.0},
+        {"path": "b.safetensors", "strength": -2.0},
+        {"path": "odd:name", "strength": 1.0},
+    ]
 
 
 def test_prompts_come_from_standard_input_too(runs: Path, tmp_path: Path, monkeypatch) -> None:
@@ -256,6 +273,16 @@ SAMPLE_MISTAKES = {
         ["--prompt", "a", "sampler.target=cogvideox.diffusion.samplers.dimm"],
         r"ddim",
     ),
+    "a LoRA that is none": (["--prompt", "a", "--lora", "{runs}/t2v"], r"t2v.*no LoRA in it"),
+    "a LoRA that is not there": (["--prompt", "a", "--lora", "{tmp}/no:0.5"], r"/no does not exist"),
+    "a strength that is none": (
+        ["--prompt", "a", "--lora", "{runs}/lora:nan"],
+        r"load\.lora\.0: strength='NaN': expected a number",
+    ),
+    "several LoRAs to start one": (
+        ["--prompt", "a", "lora.rank=4", "--lora", "{runs}/lora", "{runs}/lora"],
+        r"names 2 LoRAs, but the section lora has one set",
+    ),
     "a sidecar that is none": (["--from", "{tmp}/empty.txt"], r"not a sidecar"),
 }
 
@@ -265,7 +292,7 @@ def test_sampling_refuses_in_one_line_and_writes_nothing(mistake, runs, tmp_path
     arguments, message = SAMPLE_MISTAKES[mistake]
     (tmp_path / "empty.txt").write_text("")
     argv = ["--base", TINY, *SMALL, *loaded(runs), "--output-dir", f"{tmp_path}/out"]
-    argv += [a.format(tmp=tmp_path) for a in arguments]
+    argv += [a.format(tmp=tmp_path, runs=runs) for a in arguments]
     check_refusal(run_door(sample_video.main, argv), capsys, message)
     assert not (tmp_path / "out").exists()
 

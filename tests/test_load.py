@@ -7,6 +7,7 @@ import logging
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,14 @@ from transformer_cases import full, tiny
 from cogvideox.model.lora import inject_lora
 from cogvideox.vae.autoencoder import CausalVAE
 from cogvideox.weights.identify import identify
-from cogvideox.weights.load import check_precision, load_lora, load_text_encoder, load_transformer, load_vae
+from cogvideox.weights.load import (
+    check_constant,
+    check_precision,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    own_precision,
+)
 from cogvideox.weights.transformer_keys import sat_to_diffusers
 from cogvideox.weights.vae_keys import sat_to_diffusers as vae_to_diffusers
 
@@ -184,49 +192,50 @@ def test_a_run_folder_gives_its_averaged_or_its_last_weights(tmp_path: Path) -> 
         load_transformer(net, run)
 
 
-def test_a_lora_run_loads_onto_its_base(tmp_path: Path) -> None:
-    trained = tiny("5b")
-    inject_lora(trained, rank=4)
-    state = randomised(trained).state_dict()
-    matrices = {k: v for k, v in state.items() if ".matrix_" in k}
-    base = {k.replace(".original.", "."): v for k, v in state.items() if ".matrix_" not in k}
-    run = run_folder(tmp_path / "run", prefixed(matrices), prefixed(matrices), ranks=1)
-    save_file(base, tmp_path / "base.safetensors")
-
+def adapted(seed: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A network with LoRA, its base weights under plain names, and its matrices."""
     net = tiny("5b")
     inject_lora(net, rank=4)
+    state = randomised(net, seed).state_dict()
+    matrices = {k: v for k, v in state.items() if ".matrix_" in k}
+    return net, {k.replace(".original.", "."): v for k, v in state.items() if k not in matrices}, matrices
+
+
+def test_base_weights_reach_a_network_with_adapters_and_leave_these_alone(tmp_path: Path) -> None:
+    _, base, _ = adapted(0)
+    save_file(base, tmp_path / "base.safetensors")
+    net, _, matrices = adapted(7)
     report = load_transformer(net, tmp_path / "base.safetensors")
-    assert len(report.missing) == len(matrices)
-    assert load_lora(net, run).loaded == len(matrices)
-    assert_equal(net, state)
-    with pytest.raises(ValueError, match="rank 4.*without the base weights"):
+    assert report.missing == list(matrices)
+    own = {name.replace(".original.", "."): value for name, value in net.state_dict().items()}
+    assert all(torch.equal(own[name], value) for name, value in (base | adapted(7)[2]).items())
+
+
+def test_a_lora_alone_is_no_transformer(tmp_path: Path) -> None:
+    matrices = adapted(0)[2]
+    run = run_folder(tmp_path / "run", prefixed(matrices), prefixed(matrices), ranks=1)
+    with pytest.raises(ValueError, match=f"rank 4.*without the base weights: set load.lora={run}"):
         load_transformer(tiny("5b"), run)
-    with pytest.raises(ValueError, match="no LoRA in it"):
-        load_lora(net, tmp_path / "base.safetensors")
-    with pytest.raises(ValueError, match="the network has no LoRA; set lora.rank=4"):
-        load_lora(tiny("5b"), run)
-    other = tiny("5b")
-    inject_lora(other, rank=2)
-    with pytest.raises(ValueError, match="its LoRA has rank 4, your config lora.rank=2"):
-        load_lora(other, run)
 
 
 def test_a_full_sat_checkpoint_with_lora_is_never_loaded_without_it(tmp_path: Path) -> None:
-    trained = tiny("5b")
-    inject_lora(trained, rank=4)
-    state = randomised(trained).state_dict()
-    path = sat_folder(tmp_path / "w", prefixed(state) | DEAD)
+    trained, base, _ = adapted(0)
+    path = sat_folder(tmp_path / "w", prefixed(trained.state_dict()) | DEAD)
     net = tiny("5b")
-    with pytest.raises(ValueError, match="would lose: set lora.rank=4"):
+    with pytest.raises(ValueError, match=r"with LoRA \(rank 4\), which would be lost"):
         load_transformer(net, path)
     load_transformer(net, path, base_only=True)
-    inject_lora(net, rank=4)
-    load_lora(net, path)
+    assert_equal(net, base)
+
+
+@pytest.mark.parametrize("wrapper", ["module", "state_dict", "model"])
+def test_weights_are_found_beside_whatever_a_checkpoint_keeps(wrapper: str, tmp_path: Path) -> None:
+    state = randomised(tiny("2b")).state_dict()
+    beside = {"np_rng_state": np.random.RandomState(0).get_state(), "best": np.float64(0.5), "epoch": 3}
+    torch.save({wrapper: prefixed(state), **beside}, tmp_path / "w.pt")
+    net = tiny("2b")
+    load_transformer(net, tmp_path / "w.pt")
     assert_equal(net, state)
-    again = tiny("5b")
-    inject_lora(again, rank=4)
-    load_transformer(again, path)
-    assert_equal(again, state)
 
 
 @pytest.mark.parametrize("format", ["sat", "diffusers", "run"])
@@ -334,6 +343,34 @@ def test_fp16_is_refused_for_weights_born_in_bf16(tmp_path: Path) -> None:
     check_precision(
         identify(sparse_safetensors(tmp_path / "2b.safetensors", small)), "fp16", "train.precision"
     )
+
+
+def test_the_own_precision_is_the_published_one_whatever_the_file_holds(tmp_path: Path) -> None:
+    for kind, expected in (("2b", "fp16"), ("5b", "bf16")):
+        shapes = {k: tuple(v.shape) for k, v in full(kind).state_dict().items()}
+        info = identify(sparse_safetensors(tmp_path / f"{kind}.safetensors", shapes, torch.float32))
+        assert own_precision(info, "sample.precision") == expected
+    shapes = {k: tuple(v.shape) for k, v in tiny("5b").state_dict().items()}  # published nowhere: as the file
+    info = identify(sparse_safetensors(tmp_path / "tiny.safetensors", shapes, torch.float32))
+    assert own_precision(info, "sample.precision") == "fp32"
+
+
+def test_constants_that_are_not_those_of_the_weights_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A README of 2B has a misprint: 1.55258426 for 1.15258426."""
+    shapes = {k: tuple(v.shape) for k, v in full("2b").state_dict().items()}
+    info = identify(sparse_safetensors(tmp_path / "2b.safetensors", shapes))
+    with pytest.raises(ValueError) as error:
+        check_constant(info, "vae.scale_factor", 1.55258426, info.latent_scale)
+    assert "vae.scale_factor=1.55258426, but" in str(error.value)
+    assert "is CogVideoX-2B, which was trained with 1.15258426: set vae.scale_factor=1.15258426" in str(
+        error.value
+    )
+    check_constant(info, "vae.scale_factor", 1.15258426, info.latent_scale)
+    check_constant(info, "vae.scale_factor", 1.55258426, None)  # the weights do not say
+    check_constant(info, "vae.scale_factor", 1.55258426, info.latent_scale, force=True)
+    assert "trained with 1.15258426; kept, as load.force_constants=true" in caplog.text
 
 
 def test_the_report_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

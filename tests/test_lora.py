@@ -13,7 +13,14 @@ from test_transformer_fixtures import ATOL, arguments_of, network_of
 from torch import nn
 from transformer_cases import full, inputs, randomise, tiny
 
-from cogvideox.model.lora import LoRALinear, freeze_base, inject_lora, lora_state_dict, merge_lora
+from cogvideox.model.lora import (
+    LoRALinear,
+    attach_lora,
+    freeze_base,
+    inject_lora,
+    lora_state_dict,
+    merge_lora,
+)
 from cogvideox.model.transformer import PREFIX
 
 
@@ -87,6 +94,27 @@ def test_the_formula_is_pefts() -> None:
     holder.dense.lora_B["default"].weight.data.copy_(ours.matrix_B[0])
     x = torch.randn(5, 12)
     torch.testing.assert_close(ours(x), holder.dense(x), atol=1e-6, rtol=0)
+
+
+def test_given_updates_are_added_whatever_part_lacks_one() -> None:
+    """Closed form: y = W x + b, and up @ down x in the rows of each part that has an update; ranks 3 and 1."""
+    net = randomise(tiny("5b"))
+    path = "transformer.layers.1.attention.query_key_value"
+    generator = torch.Generator().manual_seed(0)
+    q, v = (
+        (torch.randn(rank, 48, generator=generator), torch.randn(48, rank, generator=generator))
+        for rank in (3, 1)
+    )
+    x = torch.randn(2, 48, generator=generator)
+    expected = net.get_submodule(path)(x).detach()
+    for rows, (down, up) in ((slice(0, 48), q), (slice(96, 144), v)):
+        expected[:, rows] += x @ down.mT @ up.mT
+    before = torch.get_rng_state()
+    attach_lora(net, {path: [q, None, v]})
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(net.get_submodule(path)(x), expected, atol=1e-4, rtol=1e-5)
+    merge_lora(net)
+    torch.testing.assert_close(net.get_submodule(path)(x), expected, atol=1e-4, rtol=1e-5)
 
 
 def test_query_key_and_value_have_their_own_matrices() -> None:
@@ -188,6 +216,7 @@ def test_an_adapted_network_is_one_graph() -> None:
     ("options", "message"),
     [
         ({"rank": 0}, "lora.rank=0"),
+        ({"alpha": 0}, "lora.alpha=0: expected a number other than 0"),
         ({"layers": ["query_key_values"]}, "'query_key_values'.*did you mean 'query_key_value'"),
         ({"layers": ["to_q"]}, "no linear layer 'to_q'.*query_key_value, dense"),
         ({"transformer_layers": [1, 2]}, r"transformer_layers=\[2\]: the network has layers 0 to 1"),

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from stand_ins import sat_folder, sparse_safetensors
+from transformer_cases import full
 
 import cogvideox
+from cogvideox.config import ConfigError
 from cogvideox.dist import RandomStreams
+from cogvideox.model.lora import LoRALinear, inject_lora
 from cogvideox.system import VAESystem, VideoDiffusion, pad_front
+from cogvideox.weights import load
+from cogvideox.weights.vae_keys import sat_to_diffusers as vae_to_diffusers
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SMALL = ["model.transformer.num_layers=2", "sample.steps=3", "model.conditions.0.params.config.num_layers=1"]
@@ -106,6 +116,201 @@ def test_lora_leaves_only_its_matrices_trainable_and_freezes_the_text_encoder() 
     trainable = [n for n, p in system.named_parameters() if p.requires_grad]
     assert trainable and all(".matrix_A." in n or ".matrix_B." in n for n in trainable)
     assert not any(n.startswith("conditioner") for n in system.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------- weights, LoRA
+
+
+def save_transformer(system: VideoDiffusion, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    state = {f"model.diffusion_model.{k}": v.to(dtype) for k, v in system.transformer.state_dict().items()}
+    return sat_folder(folder, state)
+
+
+def trained_lora(seed: int = 0) -> VideoDiffusion:
+    """A system whose network has LoRA of rank 4 at SAT's scale, 1 / 4, with an effect that is seen."""
+    system = make_system()
+    inject_lora(system.transformer, rank=4)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in system.transformer.named_parameters():
+        if ".matrix_" in name:
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return system
+
+
+def output_of(system: VideoDiffusion) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(1, 3, 8, 8, 8, generator=generator)
+    tokens = torch.randn(1, 32, 64, generator=generator)
+    with torch.no_grad():
+        return system.eval().transformer(x, torch.tensor([500]), tokens)
+
+
+def loaded(*overrides: str) -> VideoDiffusion:
+    system = make_system(*overrides, randomise=False)
+    system.load_weights()
+    return system
+
+
+@pytest.mark.parametrize("merge", ["true", "false"])
+def test_a_full_sat_checkpoint_with_lora_computes_what_it_was_trained_to(merge: str, tmp_path: Path) -> None:
+    trained = trained_lora()
+    path = save_transformer(trained, tmp_path / "w")
+    for lora in ([], [f"load.lora={path}"]):  # named twice, it counts once
+        system = loaded(f"load.transformer={path}", *lora, f"sample.merge_lora={merge}")
+        assert any(isinstance(m, LoRALinear) for m in system.transformer.modules()) == (merge == "false")
+        torch.testing.assert_close(output_of(system), output_of(trained), atol=1e-5, rtol=0)
+    # For full fine-tuning the LoRA becomes a part of the weights that train.
+    system.prepare_training(torch.device("cpu"))
+    assert system.state_dict().keys() == make_system().state_dict().keys()
+    torch.testing.assert_close(output_of(system), output_of(trained), atol=1e-5, rtol=0)
+
+
+def test_a_full_sat_checkpoint_with_lora_goes_on_in_the_section_lora(tmp_path: Path) -> None:
+    trained = trained_lora()
+    path = save_transformer(trained, tmp_path / "w")
+    system = loaded(f"load.transformer={path}", "lora.rank=4")
+    expected, own = trained.transformer.state_dict(), system.transformer.state_dict()
+    assert own.keys() == expected.keys() and all(torch.equal(own[k], expected[k]) for k in own)
+    with pytest.raises(ValueError, match="its LoRA has rank 4, your config lora.rank=8: use lora.rank=4"):
+        loaded(f"load.transformer={path}", "lora.rank=8")
+
+
+def test_a_further_lora_adds_to_that_of_the_checkpoint(tmp_path: Path) -> None:
+    first, second = trained_lora(0), trained_lora(1)
+    base = save_transformer(first, tmp_path / "first")
+    other = save_transformer(second, tmp_path / "second")
+    half = [f"load.transformer={base}", f"load.lora=[{{path: {other}, strength: 0.5}}]"]
+    system, plain = loaded(*half), make_system()
+    weight = "transformer.layers.0.attention.dense"
+
+    def update(of: VideoDiffusion) -> torch.Tensor:
+        layer = of.transformer.get_submodule(weight)
+        return (layer.matrix_B[0] @ layer.matrix_A[0] / 4).detach()
+
+    expected = plain.transformer.get_submodule(weight).weight + update(first) + 0.5 * update(second)
+    torch.testing.assert_close(system.transformer.get_submodule(weight).weight, expected, atol=1e-5, rtol=0)
+    # In training the further one starts the adapters, and the checkpoint's own belongs to the frozen base.
+    system = loaded(*half, "lora.rank=4")
+    layer = system.transformer.get_submodule(weight)
+    expected = plain.transformer.get_submodule(weight).weight + update(first)
+    torch.testing.assert_close(layer.original.weight, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(update(system), 0.5 * update(second), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("3", r"load\.lora=3: expected a path or"),
+        ("[a, 3]", r"load\.lora\.1=3: expected a path or"),
+        ("[{path: a, strength: much}]", r"load\.lora\.0: strength='much': expected a number"),
+        ("[{path: a, strength: .nan}]", r"load\.lora\.0=.*expected a path and a finite strength"),
+        ("[{path: a, strenght: 1}]", r"load\.lora\.0: unknown key strenght: did you mean strength"),
+        ("[{strength: 1}]", r"load\.lora\.0: path is missing"),
+        ("[{path: a, alpha: 0}]", r"load\.lora\.0\.alpha=0\.0: expected a number other than 0"),
+        ("['']", r"load\.lora\.0=''.*expected a path"),
+    ],
+)
+def test_a_wrong_entry_of_load_lora_is_one_clear_error(value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_system(f"load.lora={value}")
+
+
+def test_several_loras_cannot_start_one_set_of_adapters() -> None:
+    with pytest.raises(ConfigError, match=r"load\.lora names 2 LoRAs, but the section lora has one set"):
+        make_system("load.lora=[a, b]", "lora.rank=4")
+    assert [
+        (s.path, s.strength)
+        for s in make_system("load.lora=[a, {path: b, strength: 1e-1}]").config.load.loras
+    ] == [
+        ("a", 1.0),
+        ("b", 0.1),
+    ]
+
+
+def published(monkeypatch: pytest.MonkeyPatch, **facts) -> None:
+    """Weights of the tiny network pass for those of a published model."""
+    check = load.check_transformer
+    monkeypatch.setattr(
+        load, "check_transformer", lambda *a, **k: dataclasses.replace(check(*a, **k), **facts)
+    )
+
+
+def test_constants_of_the_weights_are_checked_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save_transformer(make_system(), tmp_path / "w")
+    weights = f"load.transformer={path}"
+    published(monkeypatch, variant="CogVideoX-2B", latent_scale=1.15258426, snr_shift=3.0)
+    right = ["vae.scale_factor=1.15258426", "model.schedule.params.snr_shift=3"]
+    loaded(weights, *right)
+    system = make_system(weights, right[0], randomise=False)
+    for parameter in system.transformer.parameters():
+        parameter.data.fill_(7.0)
+    with pytest.raises(
+        ValueError, match=r"snr_shift=1\.0.*CogVideoX-2B.*set model\.schedule\.params\.snr_shift=3\.0"
+    ):
+        system.load_weights()
+    assert all((parameter == 7.0).all() for parameter in system.transformer.parameters())
+    with pytest.raises(ValueError, match=r"scale_factor=1\.55258426.*set vae\.scale_factor=1\.15258426"):
+        loaded(weights, "vae.scale_factor=1.55258426", right[1])
+    with caplog.at_level(logging.WARNING, "cogvideox"):
+        loaded(weights, "vae.scale_factor=1.55258426", right[1], "load.force_constants=true")
+    assert "trained with 1.15258426; kept, as load.force_constants=true" in caplog.text
+
+
+def test_the_scale_in_a_vae_folder_is_checked(tmp_path: Path) -> None:
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    state = vae_to_diffusers(make_system().vae.state_dict())
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"scaling_factor": 0.7}))
+    with pytest.raises(
+        ValueError, match=r"vae\.scale_factor=1\.0, but .*trained with 0\.7: set vae\.scale_factor=0\.7"
+    ):
+        loaded(f"load.vae={folder}")
+    loaded(f"load.vae={folder}", "vae.scale_factor=0.7")
+
+
+def test_another_model_is_named_before_its_constants(tmp_path: Path) -> None:
+    shapes = {k: tuple(v.shape) for k, v in full("2b").state_dict().items()}
+    with pytest.raises(ValueError, match="this is CogVideoX-2B .*; your config is an unpublished"):
+        loaded(f"load.transformer={sparse_safetensors(tmp_path / '2b.safetensors', shapes)}")
+
+
+def test_sampling_takes_the_precision_of_the_weights_where_none_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_transformer(make_system(), tmp_path / "w", torch.bfloat16)
+    system = loaded(f"load.transformer={path}", "sample.precision=null")
+    system.prepare_sampling(torch.device("cpu"))
+    assert {p.dtype for p in system.transformer.parameters()} == {torch.bfloat16}
+    assert system.config.sample.precision == "bf16"  # what the sidecars of the videos will say
+    assert loaded("sample.precision=null").config.sample.precision == "fp32"
+    with pytest.raises(ValueError, match=r"sample\.precision=fp16, but .*trained in bf16"):
+        loaded(f"load.transformer={path}", "sample.precision=fp16")
+    published(monkeypatch, published_dtype="float16")
+    system = loaded(f"load.transformer={path}", "sample.precision=null")
+    with pytest.raises(ValueError, match=r"sample\.precision=fp16 needs a GPU"):
+        system.prepare_sampling(torch.device("cpu"))
+    system.config.load.force_fp16 = True
+    system.prepare_sampling(torch.device("cpu"))
+
+
+def test_the_text_encoder_of_a_pipeline_folder_is_found_and_a_file_alone_is_refused(tmp_path: Path) -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    section = cogvideox.load_config([CONFIGS / "tiny_t2v.yaml"], SMALL).model.conditions[0].params["config"]
+    torch.manual_seed(4)
+    encoder = T5EncoderModel(T5Config(**section)).eval()
+    encoder.save_pretrained(tmp_path / "text_encoder")
+    pretrained = ["model.conditions.0.params.config=null", "model.conditions.0.params.trainable=false"]
+    system = loaded(*pretrained, f"load.text_encoder={tmp_path}")
+    condition = system.conditioner.embedders[0]
+    expected = encoder(condition.tokenize(PROMPTS)).last_hidden_state
+    torch.testing.assert_close(condition.encode(PROMPTS), expected, atol=1e-5, rtol=0)
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    with pytest.raises(ValueError, match=r"model\.safetensors is no folder: expected config\.json, weights"):
+        loaded(*pretrained, f"load.text_encoder={file}").check_prompts(PROMPTS)
 
 
 def test_temporal_patch_pads_in_front_by_repeating_the_first_latent() -> None:

@@ -108,16 +108,50 @@ class VAEConfig:
 
 
 @dataclass
+class LoraSource:
+    path: str
+    strength: float = 1.0
+    # The update is multiplied by it; 0 is off.
+    alpha: float | None = None
+    # None: what the file says. SAT's matrices without their YAML say nothing.
+
+
+@dataclass
 class LoadConfig:
     transformer: str | None = None
     vae: str | None = None
     text_encoder: str | None = None
-    lora: str | None = None
-    # Each: a SAT folder or file, a run folder of ours, a diffusers folder, or safetensors. None: random weights.
+    # Each: a SAT folder or file, a run folder of ours, a diffusers folder, safetensors, or hf://ORG/NAME. None: random
+    # weights.
+    lora: Any = None
+    # A path, or a list of paths and {path: ..., strength: 0.5} (LoraSource); any format. Rank and scale come from the
+    # file. With the section lora: the one LoRA that its adapters start from.
     ema: bool = True
     # Take the averaged weights of a run folder where it has them.
     force_fp16: bool = False
-    # Allow fp16 for weights that were trained in bf16 (5B, 1.5), which overflow in it.
+    # Allow fp16 for weights that were trained in bf16 (5B, 1.5), which overflow in it, and on a CPU.
+    force_constants: bool = False
+    # Allow a vae.scale_factor or an SNR shift that is not that of the published weights.
+
+    @property
+    def loras(self) -> list[LoraSource]:
+        """The LoRAs that ``lora`` names, with their strengths. Raises ConfigError for anything else."""
+        entries = self.lora if isinstance(self.lora, list) else [] if self.lora is None else [self.lora]
+        result = []
+        for index, entry in enumerate(entries):
+            key = f"load.lora.{index}" if isinstance(self.lora, list) else "load.lora"
+            if not isinstance(entry, str | dict):
+                raise ConfigError(f"{key}={entry!r}: expected a path or {{path: ..., strength: 0.5}}")
+            try:
+                source = to_dataclass(LoraSource, {"path": entry} if isinstance(entry, str) else entry)
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from error
+            if not source.path or not math.isfinite(source.strength):
+                raise ConfigError(f"{key}={entry!r}: expected a path and a finite strength")
+            if source.alpha is not None and not (math.isfinite(source.alpha) and source.alpha):
+                raise ConfigError(f"{key}.alpha={source.alpha}: expected a number other than 0")
+            result.append(source)
+        return result
 
 
 @dataclass
@@ -174,6 +208,11 @@ class TrainConfig:
     save_every: int = 500
     validate_every: int | None = None
     validation_batches: int = 4
+    preview_prompts: list[str] = field(default_factory=list)
+    # One video each, in the size of the section sample, prompt i with the seed ``seed + i``; image-to-video:
+    # ``prompt@@image.png``. Empty: no previews.
+    preview_every: int | None = None
+    # None: with every checkpoint.
     keep_checkpoints: int | None = 3
     # None keeps all.
     max_nonfinite_steps: int = 20
@@ -195,14 +234,17 @@ class SampleConfig:
     fps: float
     batch_size: int = 1
     # Prompts denoised together.
-    precision: str = "bf16"
+    precision: str | None = "bf16"
+    # fp32, bf16, or fp16 (GPU only). None: the precision that the checkpoint of load.transformer was published in.
     negative_prompt: str | None = None
     unconditional: str = "zeros"
     # zeros: as published and trained; empty_prompt: the text encoder's output for "", as diffusers does.
     merge_lora: bool = True
-    # Fold the adapters into the weights before sampling.
+    # Fold the LoRAs into the weights before sampling: faster. False keeps them beside the weights.
     image_latent_scale: str = "training"
     # 1.5-I2V image latents exist in three conventions: training 0.7 z, sat_sampling z, diffusers z / 0.7.
+    prompt_file: str | None = None
+    # One prompt per line, read where the command line gives no prompts. None: standard input.
     output_dir: str = "outputs/samples"
 
 
@@ -271,6 +313,11 @@ def check(config: Config) -> None:
     transformer, vae = config.model.transformer, config.vae
     if transformer is not None:
         _check_transformer(transformer)
+    if len(config.load.loras) > 1 and config.lora is not None:
+        raise ConfigError(
+            f"load.lora names {len(config.load.loras)} LoRAs, but the section lora has one set of adapters, which one "
+            f"LoRA can start: name one, or leave the section out (lora=null), which applies them all"
+        )
     for section, name in ((config.data, "data"), (config.sample, "sample")):
         if section is not None and vae is not None:
             _check_size(section, name, vae, transformer)
@@ -300,6 +347,8 @@ def check(config: Config) -> None:
     ):
         if precision not in (None, "fp32", "bf16", "fp16"):
             raise ConfigError(f"{name}={precision!r}: expected fp32, bf16 or fp16")
+    if config.train is not None and config.train.preview_prompts:
+        _check_previews(config)
     for index, part in enumerate(config.model.conditions):
         length = part.params.get("max_length")
         if transformer is not None and length is not None and length != transformer.text_length:
@@ -307,6 +356,22 @@ def check(config: Config) -> None:
                 f"model.conditions.{index}.params.max_length={length} but model.transformer.text_length="
                 f"{transformer.text_length}: the text encoder pads to the length that the network was built for"
             )
+
+
+def _check_previews(config: Config) -> None:
+    if config.sample is None:
+        raise ConfigError(
+            "train.preview_prompts needs the section sample (steps and size of the videos): add configs/sample.yaml"
+        )
+    needs_image = any("FirstFrame" in part.target for part in config.model.conditions)
+    for index, line in enumerate(config.train.preview_prompts):
+        prompt, separator, _ = line.partition("@@")
+        where = f"train.preview_prompts.{index}={line!r}"
+        if not prompt.strip():
+            raise ConfigError(f"{where}: the prompt is empty")
+        if bool(separator) != needs_image:
+            expected = "needs an image: prompt@@image.png" if needs_image else "takes no image"
+            raise ConfigError(f"{where}: this model {expected}")
 
 
 def _check_transformer(t: TransformerConfig) -> None:

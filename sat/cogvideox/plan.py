@@ -244,7 +244,7 @@ def training_memory(config: Config, world_size: int) -> dict[str, float]:
 def sampling_memory(config: Config) -> dict[str, float]:
     """Bytes per GPU by kind while sampling; the text encoder is freed once the prompts are encoded."""
     sample, vae = config.sample, config.vae
-    size, clip, text = BYTES[sample.precision], clip_of(config, sample), text_encoder(config)
+    size, clip, text = BYTES[sample.precision or "bf16"], clip_of(config, sample), text_encoder(config)
     width = config.model.transformer.hidden_size
     frames = min(sample.num_frames, 2 * vae.temporal_compression + 1)
     return {
@@ -314,7 +314,9 @@ def describe(config: Config, world_size: int = 1, *, sampling: bool | None = Non
     if sampling and config.model.transformer and config.vae and section:
         memory = sampling_memory(config)
         largest = _peak(memory, *(name for name in memory if name not in ("transformer", "VAE")))
-        rows += _memory_rows(memory, f"largest at a time: {config.sample.precision} (estimate)", largest)
+        rows += _memory_rows(
+            memory, f"largest at a time: {config.sample.precision or 'as stored'} (estimate)", largest
+        )
     elif config.train and not sampling:
         memory = training_memory(config, world_size)
         stage = config.deepspeed.get("zero_optimization", {}).get("stage", 2)

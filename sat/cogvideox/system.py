@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,18 +17,20 @@ from torch.utils.data import Dataset
 from cogvideox import dist
 from cogvideox.build import build, factory
 from cogvideox.conditioning.conditioner import Conditioner
-from cogvideox.config import Config, ConfigError, LoraConfig, Part, load_config
+from cogvideox.config import Config, ConfigError, Part
 from cogvideox.data.latent_cache import LatentCache, weights_fingerprint
 from cogvideox.diffusion.denoiser import GuidedDenoiser
 from cogvideox.diffusion.samplers import noise_source
 from cogvideox.dist import RandomStreams
-from cogvideox.model.lora import freeze_base, inject_lora, merge_lora
+from cogvideox.model.lora import attach_lora, freeze_base, inject_lora, merge_lora
 from cogvideox.model.transformer import ExpertTransformer
 from cogvideox.vae.autoencoder import CausalVAE, posterior_mode, sample_posterior
 from cogvideox.vae.training import VAETraining, pixels_to_float
-from cogvideox.weights import load
+from cogvideox.weights import apply_lora, load
 from cogvideox.weights.fill import LoadReport
-from cogvideox.weights.identify import identify
+from cogvideox.weights.hub import resolve
+from cogvideox.weights.identify import WeightsInfo, identify
+from cogvideox.weights.lora_file import LoraFile
 
 logger = logging.getLogger("cogvideox")
 
@@ -112,13 +115,20 @@ class VideoDiffusion(nn.Module):
 
     def load_weights(self) -> list[LoadReport]:
         """Load what ``load`` names. Errors name the file, what it holds and what was expected; see ``weights.load``."""
-        section, reports, with_lora = self.config.load, [], bool(self.config.lora or self.config.load.lora)
+        section, reports = self.config.load, []
+        infos = {}  # headers are read and compared first, heavy work comes after
         if section.transformer:
-            self._check_precision(section.transformer)
+            infos["transformer"] = load.check_transformer(
+                self.transformer, section.transformer, ema=section.ema
+            )
+        if section.vae:
+            infos["vae"] = identify(section.vae, "vae")
+        self._check_constants(infos)
+        self._settle_precision(infos.get("transformer"))
+        loras = self._read_loras(infos.get("transformer"))
+        if section.transformer:
             reports.append(
-                load.load_transformer(
-                    self.transformer, section.transformer, ema=section.ema, base_only=with_lora
-                )
+                load.load_transformer(self.transformer, section.transformer, ema=section.ema, base_only=True)
             )
         if section.vae:
             reports.append(load.load_vae(self.vae, section.vae, ema=section.ema))
@@ -131,20 +141,63 @@ class VideoDiffusion(nn.Module):
                         load.load_text_encoder(encoder, section.text_encoder, index=index, ema=section.ema)
                     )
         self._warn_about_random_weights()
-        if self.config.lora is None and section.lora:
-            self.config.lora = _lora_of_run(section.lora)
-        if self.config.lora is not None:
-            lora, generator = self.config.lora, torch.Generator().manual_seed(self.config.seed)
+        return reports + self._apply_loras(loras)
+
+    def _read_loras(self, info: WeightsInfo | None) -> list[tuple[LoraFile, float]]:
+        """Those of ``load.lora`` and, first, that of a full checkpoint with LoRA in ``load.transformer``."""
+        section = self.config.load
+        sources = [(source.path, source.strength, source.alpha) for source in section.loras]
+        named = [Path(path).expanduser() for path, *_ in sources]
+        if info is not None and info.lora_rank and Path(section.transformer).expanduser() not in named:
+            sources.insert(0, (section.transformer, 1.0, None))
+        return apply_lora.read_loras(sources, self.transformer, ema=section.ema)
+
+    def _apply_loras(self, loras: list[tuple[LoraFile, float]]) -> list[LoadReport]:
+        """Without the section ``lora``: into the weights, or beside them. With it, the last one starts the adapters."""
+        section, start = self.config.lora, None
+        if section is not None and loras:
+            *loras, start = loras
+        merge = section is not None or self.config.sample is None or self.config.sample.merge_lora
+        total, reports = apply_lora.applied(loras, "merged" if merge else "kept beside the weights")
+        if merge:
+            apply_lora.add_to_network(self.transformer, total)
+        else:
+            attach_lora(self.transformer, apply_lora.adapter_matrices(total))
+        if section is not None:
+            generator = torch.Generator().manual_seed(self.config.seed)
             inject_lora(
-                self.transformer, lora.rank, lora.alpha, lora.layers, lora.transformer_layers, generator
+                self.transformer,
+                section.rank,
+                section.alpha,
+                section.layers,
+                section.transformer_layers,
+                generator,
             )
-        if section.lora:
-            reports.append(load.load_lora(self.transformer, section.lora, ema=section.ema))
+        if start is not None:
+            file, strength = start
+            scale = section.alpha / section.rank
+            reports.append(apply_lora.start_adapters(self.transformer, file, strength, scale))
         return reports
 
-    def _check_precision(self, path: str) -> None:
-        info, force = identify(path), self.config.load.force_fp16
-        for name in ("train", "sample"):
+    def _check_constants(self, infos: dict[str, WeightsInfo]) -> None:
+        """The latent scale and the SNR shift belong to published weights; another value trains and samples garbage."""
+        force, schedule = self.config.load.force_constants, factory(self.config.model.schedule)
+        for info in infos.values():
+            scale = self.config.vae.scale_factor
+            load.check_constant(info, "vae.scale_factor", scale, info.latent_scale, force=force)
+        shift = inspect.signature(schedule).parameters.get("snr_shift")  # its default is what params say
+        if "transformer" in infos and shift is not None:
+            info, key = infos["transformer"], "model.schedule.params.snr_shift"
+            load.check_constant(info, key, shift.default, info.snr_shift, force=force)
+
+    def _settle_precision(self, info: WeightsInfo | None) -> None:
+        """Put the checkpoint's own precision where ``sample.precision`` is null; refuse one that overflows."""
+        sample, force = self.config.sample, self.config.load.force_fp16
+        if sample is not None and sample.precision is None:
+            sample.precision = "fp32" if info is None else load.own_precision(info, "sample.precision")
+            source = "the network's random weights" if info is None else info.path
+            logger.info("sample.precision is null: %s, as %s", sample.precision, source)
+        for name in ("train", "sample") if info is not None else ():
             section = getattr(self.config, name)
             if section is not None:
                 load.check_precision(info, section.precision, f"{name}.precision", force=force)
@@ -159,14 +212,22 @@ class VideoDiffusion(nn.Module):
         """Freeze all but the adapters where ``lora`` is set; move everything to ``device``."""
         if self.config.lora is not None:
             freeze_base(self.transformer)
+        else:
+            merge_lora(self.transformer)  # of load.lora: everything trains, so it belongs to the weights
         self._place(device)
         self.train()
 
     def prepare_sampling(self, device: torch.device) -> None:
         """Merge LoRA if asked, cast to ``sample.precision``, move to ``device``."""
-        if self.config.lora is not None and self.config.sample.merge_lora:
+        precision = self.config.sample.precision
+        if precision == "fp16" and device.type == "cpu" and not self.config.load.force_fp16:
+            raise ValueError(
+                "sample.precision=fp16 needs a GPU and this machine has none; use fp32 or bf16 (load.force_fp16=true "
+                "overrides)"
+            )
+        if self.config.sample.merge_lora:
             merge_lora(self.transformer)
-        self.transformer.to(DTYPES[self.config.sample.precision])
+        self.transformer.to(DTYPES[precision])
         self._place(device)
         self.eval().requires_grad_(False)
 
@@ -194,7 +255,8 @@ class VideoDiffusion(nn.Module):
         """
         rng = rng or RandomStreams.at(self.config.seed, 0, device=self.device)
         x0 = self.encode_batch(batch, rng.local)  # (B, T, C, h, w)
-        condition = self.conditioner(batch, rng, encode=partial(self.encode_pixels, generator=rng.local))
+        encode = partial(self.encode_pixels, generator=rng.local)
+        condition = self.conditioner(batch, rng, encode, num_latent_frames=x0.shape[1])
         noise = self._noise(x0, rng.local)
         t = self.timesteps.sample(len(x0), rng, self.schedule.num_timesteps)  # (B,)
         prediction = self.predict(self.schedule.add_noise(x0, noise, t), t, condition)
@@ -208,6 +270,7 @@ class VideoDiffusion(nn.Module):
             x,
             t,
             condition["tokens"],
+            # A condition that follows the clip frame by frame is padded as the clip is; an image's has its length.
             concat_images=None if concat is None else pad_front(concat, self.patch_t),
             ofs=self.config.model.ofs if has_ofs else None,
         )
@@ -220,6 +283,11 @@ class VideoDiffusion(nn.Module):
         return noise
 
     # ------------------------------------------------------------------------------------------------- latents
+
+    def _padded_latents(self, num_frames: int) -> int:
+        """Latent frames of a clip as the network sees them (``pad_front``)."""
+        frames = self.vae.num_latents(num_frames)
+        return frames + -frames % self.patch_t
 
     @torch.no_grad()
     def encode_batch(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
@@ -317,7 +385,7 @@ class VideoDiffusion(nn.Module):
         return self.conditioner.for_sampling(
             prompts,
             images=None if images is None else images.to(self.device),
-            num_latent_frames=self.vae.num_latents(num_frames or section.num_frames),
+            num_latent_frames=self._padded_latents(num_frames or section.num_frames),
             negative_prompt=section.negative_prompt if negative_prompt is None else negative_prompt,
             unconditional=section.unconditional,
             image_latent_scale=section.image_latent_scale,
@@ -339,8 +407,7 @@ class VideoDiffusion(nn.Module):
         callback: Callable[[dict[str, Any]], None] | None = None,
     ) -> Tensor:
         """Denoise to scaled latents (B, T, C, h, w), one item per seed."""
-        frames = self.vae.num_latents(num_frames)
-        padded = frames + -frames % self.patch_t
+        frames, padded = self.vae.num_latents(num_frames), self._padded_latents(num_frames)
         side = self.vae.spatial_compression
         shape = (len(seeds), padded, self.config.vae.z_channels, height // side, width // side)
         noise = noise_source(seeds, device=self.device)
@@ -370,20 +437,8 @@ def _condition(part: Part, config: Config) -> Part:
     """A condition's part with what other sections say of it: where its weights are, and that LoRA freezes it."""
     params = dict(part.params)
     if params.get("model") is None and params.get("config") is None and part.target.endswith("TextCondition"):
-        params["model"] = config.load.text_encoder
+        path = config.load.text_encoder
+        params["model"] = path and str(resolve(path, "text_encoder"))
     if config.lora is not None and "trainable" in params:
         params["trainable"] = False
     return Part(part.target, params)
-
-
-def _lora_of_run(path: str) -> LoraConfig:
-    """Rank, scale and layers of the adapters in a run folder of ours, from the configuration stored beside them."""
-    for folder in (Path(path), *Path(path).parents[:2]):
-        if (folder / "config.yaml").is_file():
-            lora = load_config([folder / "config.yaml"]).lora
-            if lora is not None:
-                return lora
-    raise ConfigError(
-        f"load.lora={path}: no run folder whose config.yaml says how the adapters are scaled; "
-        f"set lora.rank and lora.alpha"
-    )

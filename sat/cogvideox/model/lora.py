@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,8 @@ def inject_lora(
     alpha = 1.0 if alpha is None else alpha
     if rank < 1:
         raise ValueError(f"lora.rank={rank}: expected at least 1")
+    if alpha == 0 or not math.isfinite(alpha):
+        raise ValueError(f"lora.alpha={alpha}: expected a number other than 0, by which the update is scaled")
     if any(isinstance(module, LoRALinear) for module in net.modules()):
         raise ValueError("the network has LoRA layers already: merge them first (merge_lora)")
     blocks = net.transformer.layers
@@ -103,6 +105,26 @@ def inject_lora(
     if not wrapped:
         raise ValueError("lora.layers and lora.transformer_layers choose no layer")
     return wrapped
+
+
+@torch.no_grad()
+def attach_lora(net: nn.Module, matrices: Mapping[str, Sequence[tuple[Tensor, Tensor] | None]]) -> None:
+    """Wrap linear layers of ``net`` with given low-rank updates ``up @ down``, in place.
+
+    matrices: path of the layer -> (down (r, in), up (out / parts, r)) of each of its parts, None where a part has no
+    update. Parts of lower rank are padded with zeros, which add nothing.
+    """
+    for path, pairs in matrices.items():
+        owner, name = net.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        rank = max(len(pair[0]) for pair in pairs if pair is not None)
+        # alpha = rank is the scale 1. Its own generator, as the values drawn are not used.
+        layer = LoRALinear(getattr(owner, name), rank, rank, len(pairs), torch.Generator().manual_seed(0))
+        for pair, down, up in zip(pairs, layer.matrix_A, layer.matrix_B, strict=True):
+            down.zero_()
+            if pair is not None:
+                down[: len(pair[0])].copy_(pair[0])
+                up[:, : len(pair[0])].copy_(pair[1])
+        setattr(owner, name, layer)
 
 
 def freeze_base(net: nn.Module) -> None:

@@ -31,7 +31,7 @@ def read_prompts(prompts: list[str] | None, prompt_file: str | None) -> list[str
     elif prompt_file and prompt_file != "-":
         path = Path(prompt_file)
         if not path.is_file():
-            raise ValueError(f"--prompt-file {path}: there is no such file")
+            raise ValueError(f"--prompt-file (sample.prompt_file) {path}: there is no such file")
         lines, source = path.read_text(encoding="utf-8").splitlines(), str(path)
     else:
         if sys.stdin.isatty():

@@ -30,15 +30,18 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     # Names of the network that the file may lack: recomputable buffers, LoRA matrices that have their own load.
     unexpected: list[str] = field(default_factory=list)
-    # Names of the file that belong to another part (a T5 decoder, LoRA matrices for ``load_lora``).
+    # Names of the file that belong to another part (a T5 decoder).
     skipped_optional: list[str] = field(default_factory=list)
     # Names of the file that are known to be of no use.
+    notes: list[str] = field(default_factory=list)
+    # What else was decided, such as the scale of a LoRA.
 
     def __str__(self) -> str:
         parts = [f"{self.loaded} tensors loaded ({self.dtype}{', averaged' if self.used_ema else ''})"]
         for title in ("missing", "unexpected", "skipped_optional"):
             names = getattr(self, title)
             parts += [f"{len(names)} {title.replace('_', ' ')}, as allowed ({names[0]} ...)"] if names else []
+        parts += self.notes
         return f"{self.source}: {'; '.join(parts)}"
 
 

@@ -1,4 +1,4 @@
-"""Load published weights, runs of this project or diffusers folders into a transformer, VAE, LoRA or text encoder.
+"""Load published weights, runs of this project or diffusers folders into a transformer, VAE or text encoder.
 
 A checkpoint of another model is refused by its header, before any data is read, in a sentence that says which model it
 is and what to set. Loading is strict (fill.py); values are cast to the network's dtype.
@@ -6,6 +6,8 @@ is and what to set. Loading is strict (fill.py); values are cast to the network'
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from cogvideox.weights.geometry import (
     T5_ALIAS,
     Geometry,
     is_optional,
-    lora_geometry,
     shapes_of,
     transformer_geometry,
     vae_geometry,
@@ -25,7 +26,9 @@ from cogvideox.weights.geometry import (
 from cogvideox.weights.identify import WeightsInfo
 from cogvideox.weights.reader import WeightsReader
 
-_MATRIX = re.compile(r"(?:^|\.)(transformer\.layers\.\d+\..+\.matrix_[AB]\.\d+)$")
+logger = logging.getLogger("cogvideox")
+
+_MATRIX = re.compile(r"(?:^|\.)transformer\.layers\.\d+\..+\.matrix_[AB]\.\d+$")
 _CONFIG_KEYS = (
     "num_layers", "hidden_size", "num_attention_heads", "patch_size", "in_channels", "out_channels", "time_embed_dim",
     "text_hidden_size", "ofs_embed_dim",
@@ -37,34 +40,20 @@ def load_transformer(
 ) -> LoadReport:
     """Fill an expert transformer from SAT, DeepSpeed, diffusers or safetensors weights.
 
-    net: under SAT's names; where LoRA is injected, weights go to ``.original`` and the matrices are filled if the file
-    has them. ema: take averaged weights where the checkpoint has them. base_only: leave the LoRA matrices of a
-    checkpoint to ``load_lora``. Without it a network without LoRA refuses a checkpoint with LoRA, which would
-    otherwise lose its effect in silence.
+    net: under SAT's names; where LoRA is injected, weights go to ``.original`` and the matrices stay as they are. ema:
+    take averaged weights where the checkpoint has them. base_only: leave out the LoRA of a full checkpoint, which is
+    applied on its own (apply_lora.py). Without it such a checkpoint is refused: its LoRA would be lost in silence.
     """
-    reader = WeightsReader(path, "transformer", ema=ema)
-    info, ours = reader.info, shapes_of(net.state_dict())
-    if info.family == "lora":
-        raise ValueError(
-            f"{path} holds {info.variant} (rank {info.lora_rank}) without the base weights: set load.lora={path}, "
-            f"and load.transformer to the model that it was trained on"
-        )
-    reader.expect("transformer")
-    theirs = transformer_geometry(shapes_of(reader.tensors, info.prefix), info.naming)
-    mine = transformer_geometry(ours)
-    if theirs is not None and mine is not None:
-        _compare_geometry(path, theirs, mine)
+    reader = _open_transformer(net, path, ema)
+    info = reader.info
     if info.lora_rank and not base_only:
-        injected = lora_geometry(ours)
-        if injected is None:
-            raise ValueError(
-                f"{path} is {info.variant}, which a network without LoRA would lose: set lora.rank={info.lora_rank} "
-                f"and load.lora={path}"
-            )
-        _compare_rank(path, info.lora_rank, injected["ranks"])
-
+        raise ValueError(
+            f"{path} is {info.variant}, which would be lost: load it with base_only=True and apply its LoRA "
+            f"(weights.apply_lora)"
+        )
+    theirs = transformer_geometry(shapes_of(reader.tensors, info.prefix), info.naming)
     learned = theirs is not None and theirs.learned_table
-    names = {_plain_name(name): name for name in ours}
+    names = {_plain_name(name): name for name in net.state_dict()}
 
     def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = {name.removeprefix(info.prefix): tensor for name, tensor in tensors.items()}
@@ -77,45 +66,32 @@ def load_transformer(
     return fill(
         net,
         reader,
-        _by_block(reader.tensors, info.prefix),
-        convert
-        if not base_only
-        else lambda tensors: {k: v for k, v in convert(tensors).items() if not _is_lora(k)},
-        may_miss=lambda name: _is_lora(name) and (base_only or not info.lora_rank),
+        _by_block([name for name in reader.tensors if not _is_lora(name)], info.prefix),
+        convert,
+        may_miss=_is_lora,
         may_skip=lambda name: is_optional(name, learned),
     )
 
 
-def load_lora(net: nn.Module, path: str | Path, *, ema: bool = True) -> LoadReport:
-    """Fill the injected LoRA matrices of a transformer from a LoRA run, or from a full SAT checkpoint with LoRA.
+def check_transformer(net: nn.Module, path: str | Path, *, ema: bool = True) -> WeightsInfo:
+    """What ``load_transformer`` would load, from headers alone; it refuses another model with the same errors."""
+    return _open_transformer(net, path, ema).info
 
-    The scale alpha / rank is no tensor: it is the network's own (``lora.alpha``).
-    """
+
+def _open_transformer(net: nn.Module, path: str | Path, ema: bool) -> WeightsReader:
     reader = WeightsReader(path, "transformer", ema=ema)
-    info, injected = reader.info, lora_geometry(shapes_of(net.state_dict()))
-    theirs = lora_geometry(shapes_of(reader.tensors))
-    if theirs is None:
-        raise ValueError(f"load.lora={path}: there is no LoRA in it, it is {info.variant}")
-    if theirs["naming"] != "SAT":
+    info = reader.info
+    if info.family == "lora":
         raise ValueError(
-            f"load.lora={path} is a LoRA under {theirs['naming']} names; expected SAT's "
-            f"(transformer.layers.0.attention.query_key_value.matrix_A.0)"
+            f"{path} holds {info.variant} (rank {info.lora_rank}) without the base weights: set load.lora={path}, "
+            f"and load.transformer to the model that it was trained on"
         )
-    if injected is None:
-        raise ValueError(f"load.lora={path}: the network has no LoRA; set lora.rank={info.lora_rank}")
-    if theirs["width"] != injected["width"] or theirs["layers"] > injected["layers"]:
-        raise ValueError(
-            f"load.lora={path}: this is {info.variant}; your network has {injected['layers']} layers x "
-            f"{injected['width']} (model.transformer.num_layers, hidden_size)"
-        )
-    _compare_rank(path, info.lora_rank, injected["ranks"])
-    return fill(
-        net,
-        reader,
-        [[name] for name in reader.tensors if _MATRIX.search(name)],
-        lambda tensors: {_MATRIX.search(name)[1]: tensor for name, tensor in tensors.items()},
-        may_miss=lambda name: not _is_lora(name),
-    )
+    reader.expect("transformer")
+    theirs = transformer_geometry(shapes_of(reader.tensors, info.prefix), info.naming)
+    mine = transformer_geometry(shapes_of(net.state_dict()))
+    if theirs is not None and mine is not None:
+        _compare_geometry(path, theirs, mine)
+    return reader
 
 
 def load_vae(vae: nn.Module, path: str | Path, *, ema: bool = True) -> LoadReport:
@@ -183,6 +159,32 @@ def check_precision(info: WeightsInfo, precision: str, key: str, *, force: bool 
         )
 
 
+def check_constant(
+    info: WeightsInfo, key: str, value: float, expected: float | None, *, force: bool = False
+) -> None:
+    """Refuse a constant of the configuration that is not the one of the weights (vae.scale_factor, the SNR shift).
+
+    expected: None where the weights do not say. force: ``load.force_constants``; the difference is then a warning.
+    """
+    if expected is None or math.isclose(value, expected, rel_tol=1e-6):
+        return
+    found = f"{key}={value}, but {info.path} is {info.variant}, which was trained with {expected}"
+    if not force:
+        raise ValueError(f"{found}: set {key}={expected}; load.force_constants=true keeps {value}")
+    logger.warning("%s; kept, as load.force_constants=true", found)
+
+
+def own_precision(info: WeightsInfo, key: str) -> str:
+    """fp32, bf16 or fp16: what the published model was trained in, else what the file holds."""
+    dtype = info.published_dtype or info.dtype
+    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    if dtype not in names:
+        raise ValueError(
+            f"{key}=null is the checkpoint's own precision, and {info.path} holds {dtype}: set {key}"
+        )
+    return names[dtype]
+
+
 def _compare_geometry(path: str | Path, theirs: Geometry, mine: Geometry) -> None:
     wrong = [key for key in (*_CONFIG_KEYS, "learned_table") if getattr(theirs, key) != getattr(mine, key)]
     if not wrong:
@@ -199,13 +201,6 @@ def _compare_geometry(path: str | Path, theirs: Geometry, mine: Geometry) -> Non
             )
         advice = " and ".join(advice)
     raise ValueError(f"{path}: this is {theirs}; your config is {mine}: {advice}")
-
-
-def _compare_rank(path: str | Path, rank: int, injected: list[int]) -> None:
-    if [rank] != injected:
-        raise ValueError(
-            f"{path}: its LoRA has rank {rank}, your config lora.rank={injected[-1]}: use lora.rank={rank}"
-        )
 
 
 def _by_block(names: Any, prefix: str) -> list[list[str]]:
