@@ -8,6 +8,7 @@ The same command resumes. ``--dry-run`` prints the merged configuration and what
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from cogvideox.build import build
 from cogvideox.command_line import add_config_arguments, leave, parse, run_door
 from cogvideox.config import Config, ConfigError, Part, load_config, save_config, to_yaml
 from cogvideox.plan import describe
+from cogvideox.sampling.prompts import make_requests
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +26,10 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config_arguments(parser)
+    parser.add_argument("--seed", type=int, metavar="N", help="overrides seed")
     arguments, files, overrides = parse(parser, argv)
+    if arguments.seed is not None:
+        overrides.append(f"seed={arguments.seed}")
     if not files:
         parser.error(
             "--base is missing: name the YAML files, such as configs/cogvideox_5b.yaml configs/lora.yaml"
@@ -50,21 +55,29 @@ def main(argv: list[str]) -> int:
 def train(config: Config) -> None:
     # torch, SAT and DeepSpeed are imported only now: a mistake in the configuration answers at once.
     from cogvideox import dist
+    from cogvideox.data.fingerprint import dataset_fingerprint
     from cogvideox.data.fixed_batches import FixedBatches
     from cogvideox.data.loader import ResumableLoader
     from cogvideox.engine.logging import get_logger
     from cogvideox.engine.optim import check_train_config
     from cogvideox.engine.trainer import Trainer
     from cogvideox.engine.validation import HeldOutLoss
+    from cogvideox.sampling.preview import Previews
+    from cogvideox.weights.sources import Sources
 
     dist.init(config.train.timeout_minutes)
-    get_logger()  # from here on rank 0 speaks
+    logger = get_logger()  # from here on rank 0 speaks
     check_train_config(config.train, dist.device())
+    requests = make_requests(config.train.preview_prompts, config.seed)
     train_set = open_data(config, config.data.path)
     validation_set = open_data(config, config.data.validation_path) if config.data.validation_path else None
 
     dist.seed_everything(config.seed)
     system = build(config.system, config=config)
+    if requests:
+        if not hasattr(system, "sample_latents"):
+            raise ConfigError(f"train.preview_prompts: {config.system.target} makes no videos; set it to []")
+        system.check_prompts([request.prompt for request in requests])
     system.load_weights()
     system.prepare_training(dist.device())
     if config.data.latent_cache:
@@ -84,6 +97,8 @@ def train(config: Config) -> None:
         batches = FixedBatches(validation_set, config.train.batch_size, config.train.validation_batches)
         validate = HeldOutLoss(batches, config.seed)
 
+    fingerprint = dataset_fingerprint(train_set) if dist.is_main() else None
+    sources = Sources(loaded_paths(config), Path(config.run.dir) / "sources.json")
     trainer = Trainer(
         system,
         loader,
@@ -92,9 +107,21 @@ def train(config: Config) -> None:
         deepspeed_overrides=config.deepspeed,
         seed=config.seed,
         validate=validate,
+        preview=Previews(requests, config, config.run.dir) if requests else None,
+        facts=lambda: {
+            "config": dataclasses.asdict(config),
+            "dataset": fingerprint,
+            "sources": sources.records(),
+            "command": shlex.join(sys.argv),
+        },
     )
     if dist.is_main():
         describe_run(config)  # only now: a mistake above leaves no folder behind
+        sources.start()
+        if fingerprint is None:
+            logger.warning(
+                "%s has no fingerprint(): checkpoints will not say which clips these were", config.data.target
+            )
     trainer.run()
 
 
@@ -106,6 +133,13 @@ def describe_run(config: Config) -> None:
     with (folder / "command.txt").open("a") as file:
         ranks = f"{environment.world_size()} ranks, {environment.versions()}"
         file.write(f"{shlex.join(sys.argv)}\n  {ranks}\n")
+
+
+def loaded_paths(config: Config) -> dict[str, str]:
+    """What the run starts from, by component; several LoRAs are numbered."""
+    paths = {name: getattr(config.load, name) for name in ("transformer", "vae", "text_encoder")}
+    paths |= {f"lora.{index}": lora.path for index, lora in enumerate(config.load.loras)}
+    return {name: path for name, path in paths.items() if path}
 
 
 def open_data(config: Config, path: str):

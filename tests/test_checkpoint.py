@@ -226,3 +226,21 @@ def test_the_average_is_dealt_evenly() -> None:
     owners = deal(sizes, 2)
     assert owners == deal(dict(reversed(sizes.items())), 2)
     assert [sum(sizes[n] for n, owner in owners.items() if owner == rank) for rank in (0, 1)] == [100, 100]
+
+
+def test_a_note_is_added_to_a_whole_checkpoint_and_nothing_else_changes(copy: Path) -> None:
+    folder = copy / "checkpoints" / "4"
+    before, names = json.loads((folder / "state.json").read_text()), sorted(folder.iterdir())
+    make_trainer(run(copy)).checkpoints.note(4, {"found_later": {"step": 4}})
+    assert json.loads((folder / "state.json").read_text()) == before | {"found_later": {"step": 4}}
+    assert sorted(folder.iterdir()) == names
+
+
+def test_a_note_that_cannot_be_written_is_an_error_and_the_checkpoint_stays(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(run(copy))
+    before = (copy / "checkpoints" / "4" / "state.json").read_text()
+    with files_no_larger_than(100), pytest.raises(OSError, match="checkpoint 4 is whole"):
+        trainer.checkpoints.note(4, {"x": "y" * 1000})
+    assert (copy / "checkpoints" / "4" / "state.json").read_text() == before

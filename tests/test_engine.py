@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cogvideox.engine.logging import Means, combine, console_line, read_metrics,
 from cogvideox.engine.report import loss_curve, smooth
 from cogvideox.engine.trainer import StopSignal, poisoned_if_not_finite
 from cogvideox.engine.validation import HeldOutLoss, evaluating
+from cogvideox.weights import provenance
 
 STEPS = 20
 CALM = {"dropout": 0.0, "noise": 0.0}  # so that a plain loop needs no random streams
@@ -303,12 +305,54 @@ def test_evaluation_sees_the_average_and_training_gets_its_weights_back(tmp_path
     assert all(torch.equal(p, before[name]) for name, p in trainer.engine.module.named_parameters())
 
 
-def test_the_preview_is_called_with_the_module_and_the_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("every", "steps"), [(2, [2, 4, 5]), (None, [3, 5])], ids=["own rhythm", "each save"]
+)
+def test_the_preview_is_called_with_the_module_in_evaluation_mode(
+    tmp_path: Path, every: int | None, steps: list[int]
+) -> None:
     seen = []
-    trainer = make_trainer({"run_dir": str(tmp_path), "train": {"steps": 5, "validate_every": 2}})
-    trainer.preview = lambda module, step: seen.append((step, module.training, torch.is_grad_enabled()))
+    train = {"steps": 5, "save_every": 3, "preview_every": every, "keep_checkpoints": None}
+    trainer = make_trainer({"run_dir": str(tmp_path), "train": train})
+
+    def preview(module: nn.Module, step: int) -> dict[str, Any]:
+        seen.append((module is trainer.engine.module, module.training, torch.is_grad_enabled()))
+        return {"step": step}
+
+    trainer.preview = preview
     trainer.run()
-    assert seen == [(2, False, False), (4, False, False), (5, False, False)]
+    assert seen == [(True, False, False)] * len(steps)
+    # Checkpoint 3 carries the preview of step 3 where there was one, else the last before it.
+    assert [record(tmp_path, step)["preview"]["step"] for step in (3, 5)] == [steps[0], 5]
+
+
+def record(folder: Path, step: int) -> dict[str, Any]:
+    return provenance.read({}, folder / "checkpoints" / str(step))
+
+
+def test_a_stop_is_not_held_up_by_a_preview_and_the_record_of_the_last_one_stays(tmp_path: Path) -> None:
+    run = {"run_dir": str(tmp_path), "train": {"steps": 6, "preview_every": 2, "validate_every": None}}
+    for terminate_at, steps in ((2, [2]), (None, [4, 6])):  # stopped at 3, then on to the end
+        trainer = make_trainer(run | {"terminate_at": terminate_at})
+        seen = []
+        trainer.preview = lambda module, step, seen=seen: seen.append(step) or {"step": step}
+        trainer.run()
+        assert seen == steps
+    assert record(tmp_path, 3)["preview"] == {"step": 2} and record(tmp_path, 6)["preview"] == {"step": 6}
+
+
+def test_a_checkpoint_says_where_its_weights_come_from(tmp_path: Path) -> None:
+    trainer = make_trainer({"run_dir": str(tmp_path), "train": {"steps": 2}})
+    trainer.facts = lambda: {"config": {"seed": 1}, "dataset": None}
+    trainer.run()
+    found = record(tmp_path, 2)
+    assert found.pop("version") == metadata.version("cogvideox")
+    assert found == {
+        "step": 2,
+        "seed": SEED,
+        "world_size": 1,
+        "config": {"seed": 1},
+    }  # what is not known is absent
 
 
 def test_evaluating_restores_the_modes_after_an_error() -> None:

@@ -22,7 +22,7 @@ class Clips(torch.utils.data.Dataset):
     def describe(self, index: int) -> dict:
         return {"caption": f"caption {index}", "key": f"videos/clip {index}.mp4"}
 
-    def fingerprint(self, index: int) -> str:
+    def clip_fingerprint(self, index: int) -> str:
         return f"content {self.values[index]}"
 
     def __getitem__(self, index: int) -> dict:

@@ -207,13 +207,13 @@ def test_random_crops_change_with_the_epoch_and_repeat_with_the_seed(tmp_path):
 def test_fingerprints_follow_contents_and_settings_and_not_the_name(tmp_path, mp4):
     put(tmp_path, layout_files("labels", mp4))
     dataset = VideoFolder(tmp_path, **SIZE)
-    assert dataset.fingerprint(0) == dataset.fingerprint(1)  # the same bytes
-    assert VideoFolder(tmp_path, 5, 32, 32, 8).fingerprint(0) != dataset.fingerprint(0)
-    assert VideoFolder(tmp_path, **SIZE, seed=1).fingerprint(0) == dataset.fingerprint(
+    assert dataset.clip_fingerprint(0) == dataset.clip_fingerprint(1)  # the same bytes
+    assert VideoFolder(tmp_path, 5, 32, 32, 8).clip_fingerprint(0) != dataset.clip_fingerprint(0)
+    assert VideoFolder(tmp_path, **SIZE, seed=1).clip_fingerprint(0) == dataset.clip_fingerprint(
         0
     )  # a central crop has no seed
     write_video(tmp_path / "videos" / "a.mp4", torch.zeros(9, 3, 32, 48), 8)
-    assert dataset.fingerprint(0) != dataset.fingerprint(1)
+    assert dataset.clip_fingerprint(0) != dataset.clip_fingerprint(1)
 
 
 def test_the_sample_set_of_the_repository_reads():

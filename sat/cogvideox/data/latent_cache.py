@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from cogvideox.data.fingerprint import dataset_fingerprint
 from cogvideox.data.reader import VideoError
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ def weights_fingerprint(tensors: Mapping[str, Tensor], *settings: object) -> str
 class LatentCache(Dataset):
     """A dataset of ``{"moments": (T, 2z, H, W), "caption", "key"}`` in place of videos.
 
-    dataset: items with "video" (F, 3, H, W), and ``describe(index)`` and ``fingerprint(index)`` as ``VideoFolder`` has;
-        of random crops the first epoch's are kept.
+    dataset: items with "video" (F, 3, H, W), and ``describe(index)`` and ``clip_fingerprint(index)`` as ``VideoFolder``
+        has; of random crops the first epoch's are kept.
     encoder_fingerprint: ``weights_fingerprint(vae.state_dict(), ...)``.
     memory_limit_gib: latents are held in memory if all of them need no more than this; 0 always reads from the disk.
 
@@ -62,7 +63,7 @@ class LatentCache(Dataset):
         self._memory: list[Tensor] | None = None
 
     def _path(self, index: int, encoder_fingerprint: str) -> Path:
-        text = f"{self.dataset.fingerprint(index)} {encoder_fingerprint}"
+        text = f"{self.dataset.clip_fingerprint(index)} {encoder_fingerprint}"
         digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         stem = re.sub(r"[^\w.-]", "_", Path(self.dataset.describe(index)["key"]).stem)[:60]
         return self.folder / digest[:2] / f"{stem}-{digest}.safetensors"
@@ -164,6 +165,10 @@ class LatentCache(Dataset):
     def describe(self, place: int) -> dict:
         """The item without its latents: caption and key."""
         return self.dataset.describe(self._loaded()[place])
+
+    def fingerprint(self) -> str | None:
+        """That of the videos: a cache changes where latents come from, not what they are."""
+        return dataset_fingerprint(self.dataset)
 
     def _loaded(self) -> list[int]:
         assert self._indices is not None, "LatentCache.load() comes first"

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from cogvideox.data.fingerprint import clips_fingerprint
 from cogvideox.data.frames import FrameSelection, check_frame_count, select_frames
 from cogvideox.data.layouts import Clip, find_clips
 from cogvideox.data.reader import VideoError, VideoReader, open_video, verify_video
@@ -79,7 +80,8 @@ class VideoFolder(Dataset):
         self.on_bad_clip, self.max_bad_fraction = on_bad_clip, max_bad_fraction
         self.decoder = decoder
 
-        clips, self.layouts = self._find(path, layout, video_column, caption_column)
+        self.roots = [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
+        clips, self.layouts = self._find(self.roots, layout, video_column, caption_column)
         self.skipped: dict[str, str] = {}  # key -> reason
         self.flagged: dict[str, str] = {}  # used, but not at the wanted frame rate
         with_caption = [clip for clip in clips if clip.caption is not None]
@@ -97,8 +99,9 @@ class VideoFolder(Dataset):
             logger.warning("%s", self.report())
 
     @staticmethod
-    def _find(path, layout, video_column, caption_column) -> tuple[list[Clip], list[str]]:
-        roots = [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
+    def _find(
+        roots: list[Path], layout: str | None, video_column: str | None, caption_column: str | None
+    ) -> tuple[list[Clip], list[str]]:
         if not roots:
             raise ValueError("data.path is an empty list: expected at least one folder")
         clips, layouts = [], []
@@ -192,12 +195,19 @@ class VideoFolder(Dataset):
         """The item without its pixels: caption and key."""
         return {"caption": self.clips[index].caption, "key": self.clips[index].key}
 
-    def fingerprint(self, index: int) -> str:
+    def fingerprint(self) -> str:
+        """Of the whole set, for the records of a run; see ``fingerprint.py``."""
+        roots = [root.parent if root.is_file() else root for root in self.roots]
+        return clips_fingerprint(self.clips, roots, self._settings())
+
+    def clip_fingerprint(self, index: int) -> str:
         """Text that changes whenever the pixels of ``self[index]`` may change: the file's contents and all settings."""
+        return f"{_file_digest(self.clips[index].path)} {self._settings()}"
+
+    def _settings(self) -> list:
+        """All that changes which pixels of a file are seen."""
         settings = [self.num_frames, self.frame_multiple, self.size, self.fps, self.skip_frames, self.crop]
-        if self.crop == "random":
-            settings.append(self.seed)
-        return f"{_file_digest(self.clips[index].path)} {settings}"
+        return [*settings, self.seed] if self.crop == "random" else settings
 
 
 def _listed(reasons: dict[str, str], limit: int | None = 10) -> str:

@@ -131,6 +131,12 @@ class Checkpoints:
         self._raise_failures(step, temporary)
         return final
 
+    def note(self, step: int, state: dict[str, Any]) -> None:
+        """Add to the ``state.json`` of a saved checkpoint. Every rank must call; errors as in ``save``."""
+        if dist.is_main():
+            self._guarded(self._add_to_records, self.directory / str(step) / "state.json", state)
+        self._raise_failures(step, self.directory / f"{step}.tmp")
+
     def load(self, folder: Path) -> dict[str, Any]:
         """Put a checkpoint's weights, optimizer and averages into the engine; returns its ``state.json``.
 
@@ -188,6 +194,12 @@ class Checkpoints:
         _write_durably(temporary / "state.json", json.dumps(state, indent=1) + "\n")
         if self.config_file is not None and self.config_file.is_file():
             _write_durably(temporary / self.config_file.name, self.config_file.read_text())
+
+    def _add_to_records(self, path: Path, state: dict[str, Any]) -> None:
+        partial = path.with_suffix(".tmp")
+        _write_durably(partial, json.dumps(json.loads(path.read_text()) | state, indent=1) + "\n")
+        os.replace(partial, path)
+        _flush_folder(path.parent)
 
     def _publish(self, temporary: Path, final: Path) -> None:
         _flush_folder(temporary)

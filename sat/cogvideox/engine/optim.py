@@ -43,6 +43,7 @@ def check_train_config(config: TrainConfig, device: torch.device) -> None:
         "log_every": 1,
         "save_every": 1,
         "validate_every": 1,
+        "preview_every": 1,
         "keep_checkpoints": 1,
         "max_nonfinite_steps": 1,
     }.items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,7 @@ from cogvideox.engine.optim import (
     trainer_checks_gradients,
 )
 from cogvideox.engine.validation import evaluating
+from cogvideox.weights import provenance
 
 
 class Loader(Protocol):
@@ -62,16 +63,22 @@ class Trainer:
         deepspeed_overrides: dict[str, Any] | None = None,
         seed: int = 0,
         validate: Callable[[nn.Module], dict[str, float | None]] | None = None,
-        preview: Callable[[nn.Module, int], None] | None = None,
+        preview: Callable[[nn.Module, int], dict[str, Any] | None] | None = None,
+        facts: Callable[[], dict[str, Any]] = dict,
         decay_norms_and_biases: bool = False,
     ):
-        """validate(module) -> metrics and preview(module, step) are called on every rank, in evaluation mode, with the
-        averaged weights where there are any, every ``validate_every`` steps and at the end.
+        """validate(module) -> metrics and preview(module, step) -> JSON values are called on every rank, in evaluation
+        mode, with the averaged weights where there are any: every ``validate_every`` and ``preview_every`` steps, and
+        at the end.
+
+        facts(), called on rank 0 at each save: what else a checkpoint's record (``weights.provenance``) says of the
+        run, as JSON values: ``config``, ``dataset``, ``sources`` ... The last preview is a part of that record.
         """
         check_train_config(config, dist.device())
         check_trackers(config.trackers)
         self.config, self.loader, self.run_dir, self.seed = config, loader, Path(run_dir), seed
-        self.validate, self.preview = validate, preview
+        self.validate, self.preview, self.facts = validate, preview, facts
+        self.previewed: dict[str, Any] | None = None
         self.logger = get_logger()
         self.start_from = checkpoint.find(self.run_dir / "checkpoints", config.resume)
 
@@ -137,9 +144,13 @@ class Trainer:
                         record |= self._evaluated()
                     if record:
                         log.write(self.step, record)
-                    if self._is_due(config.save_every) or last or stopping:
+                    is_saved = self._is_due(config.save_every) or last or stopping
+                    if is_saved:
                         log.sync()
                         self._save()
+                    # After the save: a kill during a long rendering costs no training step.
+                    if not stopping and self._is_previewed(last, is_saved):
+                        self._render_preview(is_saved)
             finally:
                 batches.close()  # ends its worker processes
                 log.close()
@@ -200,8 +211,11 @@ class Trainer:
 
     def _is_evaluated(self, last: bool) -> bool:
         every = self.config.validate_every
-        wanted = every is not None and (self.validate is not None or self.preview is not None)
-        return wanted and (self._is_due(every) or last)
+        return self.validate is not None and every is not None and (self._is_due(every) or last)
+
+    def _is_previewed(self, last: bool, is_saved: bool) -> bool:
+        every = self.config.preview_every
+        return self.preview is not None and (last or (is_saved if every is None else self._is_due(every)))
 
     def _measured(self) -> dict[str, float | None]:
         """What is logged of training since the last time: here the device is waited for."""
@@ -217,12 +231,22 @@ class Trainer:
         }
 
     def _evaluated(self) -> dict[str, float | None]:
+        with self._evaluation() as module:
+            return self.validate(module)
+
+    def _render_preview(self, is_saved: bool) -> None:
+        with self._evaluation() as module:
+            rendered = self.preview(module, self.step)
+        self.previewed = rendered or self.previewed
+        if rendered and is_saved:
+            self.checkpoints.note(self.step, {provenance.KEY: self._record()})
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[nn.Module]:
+        """The module in evaluation mode, with the averaged weights where there are any."""
         module = self.engine.module
         with self.ema.applied() if self.ema is not None else nullcontext(), evaluating(module):
-            metrics = self.validate(module) if self.validate is not None else {}
-            if self.preview is not None:
-                self.preview(module, self.step)
-        return metrics
+            yield module
 
     def _count_skipped(self, batch: Any, loss: Tensor) -> None:
         """A loss or gradient was not finite: say whose, and stop the run if that has become the rule."""
@@ -257,7 +281,19 @@ class Trainer:
                 "samples_per_step": self.config.batch_size * self.config.gradient_accumulation_steps,
                 # A save between two logging steps: what was measured so far counts in the next line.
                 "means": dist.gather(self.means.state()),
+                provenance.KEY: self._record(),
             },
+        )
+
+    def _record(self) -> dict[str, Any]:
+        """Where the weights come from, for those who find only the checkpoint; complete on rank 0."""
+        facts = self.facts() if dist.is_main() else {}
+        return provenance.record(
+            step=self.step,
+            seed=self.seed,
+            world_size=dist.world_size(),
+            preview=self.previewed,
+            **facts,
         )
 
     def _resume(self, folder: Path) -> None:
@@ -265,6 +301,7 @@ class Trainer:
         self.step = state["step"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self.means.load(state["means"][dist.rank()], self.engine.device)
+        self.previewed = state.get(provenance.KEY, {}).get("preview")
         samples = self.config.batch_size * self.config.gradient_accumulation_steps
         if samples != state["samples_per_step"]:
             self.logger.warning(

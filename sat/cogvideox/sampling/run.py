@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cogvideox import environment
+from cogvideox.config import Config
 from cogvideox.data.transforms import crop, resize_to_cover
 from cogvideox.sampling.prompts import Request
-from cogvideox.sampling.video_io import write_video
-from cogvideox.system import VideoDiffusion
+from cogvideox.sampling.video_io import to_uint8, write_video
+from cogvideox.system import Conditions, VideoDiffusion
 
 logger = logging.getLogger("cogvideox")
 
@@ -37,14 +40,10 @@ def sample_all(
     output_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(output_dir, os.W_OK):
         raise ValueError(f"--output-dir {output_dir} is not writable")
-    images = {r.image: read_image(r.image, section.height, section.width) for r in requests if r.image}
     batches = list(_batches(requests, section.batch_size))[rank::world_size]
     # All prompts first: a T5-XXL is as large as the network and is not needed after them.
     conditions = [
-        system.encode_prompts(
-            [r.prompt for r in batch],
-            torch.stack([images[r.image] for r in batch]) if batch[0].image else None,
-        )
+        encode(system, batch)
         for batch in tqdm(batches, desc="prompts", unit="batch", disable=rank != 0, dynamic_ncols=True)
     ]
     system.conditioner.release()
@@ -53,18 +52,37 @@ def sample_all(
         for batch, condition in zip(batches, conditions, strict=True):
             start = time.perf_counter()
             bar.set_description(f"video {batch[0].index + 1}/{len(requests)}")
-            latents = system.sample_latents(
-                condition,
-                seeds=[r.seed for r in batch],
-                num_frames=section.num_frames,
-                height=section.height,
-                width=section.width,
-                steps=section.steps,
-                callback=lambda state: bar.update(),
-            )
+            latents = denoise(system, batch, condition, callback=lambda state: bar.update())
             for row, request in enumerate(batch):
-                written.append(_write(system, latents[row : row + 1], request, output_dir, start))
+                path, _ = write_sample(system, latents[row : row + 1], request, output_dir, start)
+                written.append(path)
     return written
+
+
+def encode(system: VideoDiffusion, batch: list[Request]) -> Conditions:
+    """What guidance steers towards and away from for these prompts and their images."""
+    section = system.config.sample
+    images = [read_image(r.image, section.height, section.width) for r in batch if r.image]
+    return system.encode_prompts([r.prompt for r in batch], torch.stack(images) if images else None)
+
+
+def denoise(
+    system: VideoDiffusion,
+    batch: list[Request],
+    condition: Conditions,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> Tensor:
+    """Scaled latents (B, T, C, h, w), float32, in the size and steps of the section ``sample``."""
+    section = system.config.sample
+    return system.sample_latents(
+        condition,
+        seeds=[r.seed for r in batch],
+        num_frames=section.num_frames,
+        height=section.height,
+        width=section.width,
+        steps=section.steps,
+        callback=callback,
+    )
 
 
 def _batches(requests: list[Request], size: int) -> Iterator[list[Request]]:
@@ -89,12 +107,24 @@ def read_image(path: Path, height: int, width: int) -> Tensor:
     return crop(resize_to_cover(frame, (height, width)), (height, width))[0]
 
 
-def _write(system: VideoDiffusion, latents: Tensor, request: Request, folder: Path, start: float) -> Path:
+def write_sample(
+    system: VideoDiffusion,
+    latents: Tensor,
+    request: Request,
+    folder: Path,
+    start: float,
+    config: Config | None = None,
+) -> tuple[Path, str]:
+    """Decode latents (1, T, C, h, w) into ``NAME.mp4`` with its sidecar ``NAME.json``.
+
+    start: ``time.perf_counter()`` at the beginning of the work.  config: what makes this video again, where it is not
+    the system's own.  Returns the video's path and the SHA-256 of its uint8 pixels.
+    """
     section = system.config.sample
     slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:60].strip("-")
     path = folder / f"{request.index:04d}-{slug}.mp4"
-    chunks = (chunk[0] for chunk in system.decode(latents))
-    write_video(path, chunks, fps=section.fps)
+    digest = hashlib.sha256()
+    write_video(path, hashed((chunk[0] for chunk in system.decode(latents)), digest), fps=section.fps)
     sidecar = {
         "prompt": request.prompt,
         "seed": request.seed,
@@ -108,9 +138,17 @@ def _write(system: VideoDiffusion, latents: Tensor, request: Request, folder: Pa
         "seconds": round(time.perf_counter() - start, 3),
         "device": str(system.device),
         "versions": environment.versions(),
-        "config": dataclasses.asdict(system.config),
+        "config": dataclasses.asdict(config or system.config),
     }
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(sidecar, indent=1))
     temporary.replace(path.with_suffix(".json"))
-    return path
+    return path, digest.hexdigest()
+
+
+def hashed(chunks: Iterable[Tensor], digest: Any) -> Iterator[Tensor]:
+    """The chunks (f, 3, H, W) as uint8; ``digest`` (of hashlib) has seen all bytes of the video in the end."""
+    for chunk in chunks:
+        pixels = to_uint8(chunk).cpu().contiguous()
+        digest.update(pixels.numpy().tobytes())
+        yield pixels

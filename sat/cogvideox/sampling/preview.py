@@ -1,0 +1,153 @@
+"""Previews: a run's own validation sample, rendered while it trains and again later by ``scripts/reproduce.py``.
+
+Fixed prompts with fixed seeds go through the code of ``sample_video.py`` (``sampling/run.py``). Each video is rendered
+alone, so that its numbers depend neither on the ranks nor on the other prompts. ``RUN/previews/STEP/`` gets an mp4, its
+sidecar, and the final latents in float32, which can be compared as numbers where an mp4 has lost them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cogvideox import dist, environment
+from cogvideox.config import Config
+from cogvideox.sampling.prompts import Request
+from cogvideox.sampling.run import denoise, encode, write_sample
+from cogvideox.system import Conditions, VideoDiffusion
+from cogvideox.weights import provenance
+
+logger = logging.getLogger("cogvideox")
+
+_RECORDED_VALUES = 64
+
+
+class Previews:
+    """``previews(system, step)`` renders all prompts, shared out over the ranks, and returns their record.
+
+    It draws from generators of its own and writes nothing into the system, so that a run trains the same with and
+    without it. What cannot be rendered is reported, and the training goes on.
+    """
+
+    def __init__(self, requests: list[Request], config: Config, run_dir: str | Path):
+        self.requests, self.config, self.run_dir = requests, config, Path(run_dir)
+        self._conditions: dict[int, Conditions] = {}
+
+    def __call__(self, system: VideoDiffusion, step: int) -> dict[str, Any] | None:
+        """Every rank must call, with the system in evaluation mode. None where nothing could be rendered.
+
+        The record: ``step``, ``precision``, ``device``, ``versions`` and ``videos``, for each the prompt, seed, image,
+        file name, ``summary`` of its latents, and ``pixels_sha256`` (uint8, before the lossy mp4).
+        """
+        count, ranks, rank = len(self.requests), dist.world_size(), dist.rank()
+        rendered, failed = {}, {}
+        devices = [] if system.device.type == "cpu" else [system.device]
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            for first in range(0, count, ranks):
+                # As many passes on every rank (ZeRO-3 gathers weights in them); one too many is not written.
+                index = min(first + rank, count - 1)
+                try:
+                    latents, start = self._render(system, index)
+                    if first + rank < count:
+                        rendered[index] = self._write(system, latents, index, step, start)
+                except (RuntimeError, ValueError, OSError, FloatingPointError) as error:
+                    failed[index] = str(error) or repr(error)
+        gathered = dist.gather((rendered, failed))
+        for index, reason in sorted({i: r for _, part in gathered for i, r in part.items()}.items()):
+            logger.warning("preview %d of step %d failed, the training goes on: %s", index, step, reason)
+        videos = {index: video for part, _ in gathered for index, video in part.items()}
+        if not videos:
+            return None
+        return {
+            "step": step,
+            "precision": self.config.train.precision,
+            "device": device_name(system.device),
+            "versions": environment.versions(),
+            "videos": [videos[index] for index in sorted(videos)],
+        }
+
+    def _render(self, system: VideoDiffusion, index: int) -> tuple[Tensor, float]:
+        start, batch = time.perf_counter(), [self.requests[index]]
+        condition = self._conditions.get(index) or encode(system, batch)
+        if next(system.conditioner.parameters(), None) is None:  # a trained encoder changes with every step
+            self._conditions[index] = condition
+        return denoise(system, batch, condition), start
+
+    def _write(
+        self, system: VideoDiffusion, latents: Tensor, index: int, step: int, start: float
+    ) -> dict[str, Any]:
+        folder = self.run_dir / "previews" / str(step)
+        config = as_trained(self.config, self.run_dir / "checkpoints" / str(step))
+        return write_preview(system, latents, self.requests[index], folder, start, config)
+
+
+def write_preview(
+    system: VideoDiffusion, latents: Tensor, request: Request, folder: Path, start: float, config: Config
+) -> dict[str, Any]:
+    """``NAME.mp4``, ``NAME.json`` and ``NAME.safetensors`` of latents (1, T, C, h, w); returns their record.
+
+    config: what makes the video again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, pixels_sha256 = write_sample(system, latents, request, folder, start, config)
+    latents = latents[0].float().cpu().contiguous()
+    temporary = path.with_suffix(".tmp")
+    stamp = provenance.stamp(prompt=request.prompt, seed=request.seed)
+    save_file({"latents": latents}, temporary, metadata=stamp)
+    temporary.replace(path.with_suffix(".safetensors"))
+    return {
+        "name": path.stem,
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "image": str(request.image.resolve()) if request.image else None,
+        "latents": summary(latents),
+        "pixels_sha256": pixels_sha256,
+    }
+
+
+def as_trained(config: Config, checkpoint: str | Path) -> Config:
+    """The configuration that samples from a run's ``checkpoint`` what its preview showed."""
+    weights = str(checkpoint)
+    if config.lora is not None:
+        return sampling_from(config, lora=weights)
+    text_encoder = {"text_encoder": weights} if trains_text_encoder(config) else {}
+    return sampling_from(config, transformer=weights, lora=None, **text_encoder)
+
+
+def sampling_from(config: Config, **load: str | None) -> Config:
+    """``config`` with other entries in ``load`` and the network as it trained: its precision, adapters apart."""
+    sample = dataclasses.replace(config.sample, precision=config.train.precision, merge_lora=False)
+    return dataclasses.replace(config, load=dataclasses.replace(config.load, ema=True, **load), sample=sample)
+
+
+def trains_text_encoder(config: Config) -> bool:
+    """Whether the run's checkpoints hold a text encoder too. LoRA freezes it."""
+    return config.lora is None and any(part.params.get("trainable") for part in config.model.conditions)
+
+
+def summary(latents: Tensor) -> dict[str, Any]:
+    """What a record keeps of latents (float32, any shape): enough to know them again and to measure a difference."""
+    return {
+        "shape": list(latents.shape),
+        "sha256": hashlib.sha256(latents.numpy().tobytes()).hexdigest(),
+        "rms": latents.square().mean().sqrt().item(),
+        "values": recorded_values(latents).tolist(),
+    }
+
+
+def recorded_values(latents: Tensor) -> Tensor:
+    """(64,) of them, evenly spread from the first to the last; exact in JSON."""
+    count, last = min(_RECORDED_VALUES, latents.numel()), latents.numel() - 1
+    return latents.flatten()[torch.linspace(0, last, count, dtype=torch.float64).round().long()]
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
