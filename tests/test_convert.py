@@ -294,6 +294,22 @@ def test_a_runs_averaged_weights_are_taken_unless_refused(tmp_path: Path) -> Non
         assert torch.equal(found[name], expected) and torch.equal(found[rest], tensors(sat)[rest])
 
 
+def test_the_vae_of_a_pipeline_gets_the_scale_its_transformer_was_trained_with(tmp_path: Path) -> None:
+    trained = source(tmp_path / "run", "5b")
+    (trained / "1" / "state.json").write_text('{"step": 7}')
+    (trained / "1" / "config.yaml").write_text("vae: {scale_factor: 1.159}")
+    vae = convert_model(
+        case.write_sat_vae(tmp_path / "sat", case.autoencoder()), tmp_path / "vae", "diffusers", component="vae",
+        known={"scaling_factor": 0.7},
+    ).output  # fmt: skip
+    plans = [plan_model(trained, "diffusers", component="transformer", known=known("5b"))]
+    plans.append(plan_model(vae, "diffusers", component="vae", transformer=plans[0]))
+    assert plans[1].config["scaling_factor"] == 1.159
+    assert any("the VAE's own configuration says 0.7" in note for note in plans[1].notes)
+    asked = plan_model(vae, "diffusers", component="vae", transformer=plans[0], known={"scaling_factor": 0.5})
+    assert asked.config["scaling_factor"] == 0.5
+
+
 def test_files_say_where_they_come_from(tmp_path: Path) -> None:
     state = case.published_state(case.network("5b"))
     record = {"step": 7, "seed": 3, "source": "not inherited"}

@@ -271,6 +271,18 @@ def test_the_scale_in_a_vae_folder_is_checked(tmp_path: Path) -> None:
     loaded(f"load.vae={folder}", "vae.scale_factor=0.7")
 
 
+def test_a_run_that_trained_a_vae_says_nothing_of_its_scale(tmp_path: Path) -> None:
+    """Its configuration has one, which its training never used; the demo measures the scale afterwards."""
+    folder = tmp_path / "run" / "checkpoints" / "7"
+    folder.mkdir(parents=True)
+    state = {f"first_stage_model.{name}": t for name, t in make_system().vae.state_dict().items()}
+    torch.save({"module": state}, folder / "mp_rank_00_model_states.pt")
+    (folder / "state.json").write_text('{"step": 7}')
+    (folder / "config.yaml").write_text("vae: {scale_factor: 1.0}")
+    (folder.parent / "latest").write_text("7")
+    loaded(f"load.vae={tmp_path / 'run'}", "vae.scale_factor=0.4321")
+
+
 def test_another_model_is_named_before_its_constants(tmp_path: Path) -> None:
     shapes = {k: tuple(v.shape) for k, v in full("2b").state_dict().items()}
     with pytest.raises(ValueError, match="this is CogVideoX-2B .*; your config is an unpublished"):

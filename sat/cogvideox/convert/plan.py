@@ -277,8 +277,17 @@ def _source_notes(model: Model, dtype: torch.dtype | None) -> list[str]:
 
 def _latent_scale(model: Model, transformer: Plan | None) -> tuple[float | None, str]:
     """The scale, and where it was taken from if no configuration states it."""
-    if "scaling_factor" in model.known:
-        return float(model.known["scaling_factor"]), ""
+    stated = model.known.get("scaling_factor")
+    if transformer is not None and "scaling_factor" not in model.given:
+        # The transformer was trained with it, the VAE was not.
+        trained_with = transformer.model.reader.info.latent_scale
+        if trained_with is not None and stated not in (None, trained_with):
+            return (
+                trained_with,
+                f"that of {transformer.variant.name}; the VAE's own configuration says {stated:g}",
+            )
+    if stated is not None:
+        return float(stated), ""
     if transformer is not None:
         return transformer.latent_scale, f"that of {transformer.variant.name}"
     for beside in sorted(model.files[0].parent.parent.glob("transformer*/")):

@@ -20,7 +20,8 @@ class Model:
     """One model among the tensors of a source.
 
     ``headers``: its tensors by name, prefix taken off, in the file's order. ``known``: what the source's configuration
-    says beyond shapes, as keys of diffusers' config.json. ValueError where the source does not hold such a model.
+    says beyond shapes, as keys of diffusers' config.json, and before that ``given``, what the user says. ValueError
+    where the source does not hold such a model.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Model:
         )
         self.record = info.provenance
         self.beside = read_beside(self.files[0].parent)
+        self.given = dict(known)
         self.known = {**self._stated(), **known}
 
     def tensor(self, name: str) -> Tensor:

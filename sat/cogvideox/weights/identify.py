@@ -150,8 +150,9 @@ def _fill_vae(info: WeightsInfo, shapes: Shapes, beside: Beside) -> None:
         setattr(info, key, value)
     published = (info.channels, info.channel_multipliers, info.num_res_blocks) == (128, (1, 2, 2, 4), 3)
     info.variant = "CogVideoX VAE" if published and info.z_channels == 16 else "unknown CogVideoX-type VAE"
-    # 2B and 5B have VAEs of one shape; only what stands beside the file tells their scales apart.
-    info.latent_scale = beside.config_json.get("scaling_factor", beside.section("vae").get("scale_factor"))
+    # 2B and 5B have VAEs of one shape; only what stands beside the file tells their scales apart. A run that trains a
+    # VAE never uses its scale: what its configuration says is no property of the weights.
+    info.latent_scale = beside.config_json.get("scaling_factor")
     info.optional_keys = [name for name in shapes if name.startswith("loss.")]
 
 
