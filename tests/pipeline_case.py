@@ -182,7 +182,7 @@ def diffusers_pipeline(t5_folder: Path, kind: str, dtype: torch.dtype = torch.fl
         tokenizer=T5Tokenizer.from_pretrained(t5_folder),
         text_encoder=text_encoder(),
         vae=vae_twin(
-            autoencoder(), scaling_factor=LATENT_SCALE[kind], invert_scale_latents=kind == "1.5_i2v"
+            autoencoder(), scaling_factor=LATENT_SCALE[kind], invert_scale_latents=kind.startswith("1.5")
         ),
         transformer=diffusers_twin(network(kind)).eval().requires_grad_(False).to(dtype),
         scheduler=scheduler(

@@ -203,9 +203,9 @@ def test_the_configurations_are_those_of_the_published_kind(kind: str, folders) 
         assert wrong == {}, file
 
 
-def test_only_1_5_image_to_video_inverts_the_latent_scale(folders) -> None:
+def test_only_1_5_inverts_the_latent_scale(folders) -> None:
     flags = {kind: json.loads((folders(kind)[1] / "vae" / "config.json").read_text()) for kind in KINDS}
-    assert {kind for kind, config in flags.items() if config["invert_scale_latents"]} == {"1.5_i2v"}
+    assert {kind for kind, config in flags.items() if config["invert_scale_latents"]} == {"1.5", "1.5_i2v"}
     assert {config["scaling_factor"] for kind, config in flags.items() if kind != "2b"} == {0.7}
     assert flags["2b"]["scaling_factor"] == 1.15258426
 

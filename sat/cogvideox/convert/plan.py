@@ -180,7 +180,7 @@ def plan_vae(model: Model, to: str, dtype: torch.dtype | None, transformer: Plan
     if source and diffusers:
         notes.append(f"scaling_factor {scale:g}, {source}")
     invert = transformer is not None and transformer.variant.invert_scale_latents
-    if invert and diffusers:
+    if invert and diffusers and transformer.variant.image_to_video:
         notes.append(
             "invert_scale_latents: diffusers divides the first frame's latents by the scale (1.5 I2V)"
         )

@@ -42,7 +42,8 @@ class Variant:
     scheduler: str
     # diffusers' class: the sampler that the authors recommend.
     invert_scale_latents: bool
-    # diffusers divides the image's latent by the scale instead of multiplying (a key of the VAE's config.json).
+    # A key of the VAE's config.json, true for all of 1.5. It acts in image-to-video alone: diffusers divides the
+    # image's latent by the scale instead of multiplying.
 
     @property
     def image_to_video(self) -> bool:
@@ -66,7 +67,7 @@ VARIANTS = (
     Variant("CogVideoX-5B-I2V", 42, 3072, _P1, 32, True, None, 0.7, 1.0, "bfloat16",
             "THUDM/CogVideoX-5b-I2V", "configs/cogvideox_5b_i2v.yaml", 48, True, *_V1, _DPM, False),
     Variant("CogVideoX1.5-5B", 42, 3072, _P2, 16, False, None, 0.7, 1.0, "bfloat16",
-            "THUDM/CogVideoX1.5-5B", "configs/cogvideox1.5_5b.yaml", 48, True, *_V15, _DPM, False),
+            "THUDM/CogVideoX1.5-5B", "configs/cogvideox1.5_5b.yaml", 48, True, *_V15, _DPM, True),
     Variant("CogVideoX1.5-5B-I2V", 42, 3072, _P2, 32, False, 512, 0.7, 1.0, "bfloat16",
             "THUDM/CogVideoX1.5-5B-I2V", "configs/cogvideox1.5_5b_i2v.yaml", 48, True, *_V15, _DPM, True),
 )
