@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _VERIFY = """
 import json, sys
 from cogvideox.convert.verify import first_failure, verify
-from cogvideox.weights.lora_file import read_lora
+from cogvideox.weights.lora.file import read_lora
 source, output, merged = sys.argv[1:]
 loras = [(read_lora(source), 1.0)] if merged == "True" else []
 stages = verify(source, output, "transformer", loras=loras)
@@ -130,7 +130,7 @@ def verified(source: Path, output: Path, merged: bool = False) -> dict[str, Any]
 
 def compared_loras(source: Path, output: Path) -> tuple[float, float]:
     from cogvideox.convert.lora import largest_difference
-    from cogvideox.weights.lora_file import read_lora
+    from cogvideox.weights.lora.file import read_lora
 
     return largest_difference(read_lora(source).modules, read_lora(output).modules)
 

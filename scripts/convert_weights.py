@@ -96,8 +96,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from cogvideox.convert.pipeline import is_pipeline
-    from cogvideox.weights import hub
+    from cogvideox.weights.files import hub
+    from cogvideox.weights.files.locate import is_pipeline
     from cogvideox.weights.identify import identify
 
     wanted = arguments.component if arguments.component in ("transformer", "vae") else None
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
 def write_lora_file(arguments: argparse.Namespace, source: Path) -> int:
     """Only the LoRA of ``source``, in one safetensors file."""
     from cogvideox.convert.lora import strength, write_lora
-    from cogvideox.weights.lora_file import read_lora
+    from cogvideox.weights.lora.file import read_lora
 
     if arguments.lora or arguments.merge or arguments.base:
         raise ValueError("--lora, --merge and --base write merged weights; here the LoRA alone is written")
@@ -152,7 +152,7 @@ def _read_back(lora: Any, written: Path) -> int:
     import torch
 
     from cogvideox.convert.lora import largest_difference
-    from cogvideox.weights.lora_file import read_lora
+    from cogvideox.weights.lora.file import read_lora
 
     found = read_lora(written)
     difference, largest = largest_difference(lora.modules, found.modules)
@@ -168,6 +168,7 @@ def write_models(
     arguments: argparse.Namespace, source: Path, component: str, lora: Path | None = None
 ) -> int:
     """One model. lora: a LoRA that is merged into it besides those of ``--lora``."""
+    _prepare(arguments)
     from cogvideox.convert.models import parse_size, write_model
 
     plan = _plan(arguments, source, component, lora)
@@ -183,9 +184,10 @@ def write_models(
 
 def write_pipeline_folder(arguments: argparse.Namespace, source: Path) -> int:
     """Transformer, VAE, text encoder, and for diffusers the scheduler."""
+    _prepare(arguments)
     from cogvideox.convert.models import parse_size
     from cogvideox.convert.pipeline import find_parts, write_pipeline
-    from cogvideox.weights import hub
+    from cogvideox.weights.files import hub
 
     given = {"vae": arguments.vae, "text_encoder": arguments.text_encoder}
     parts = find_parts(source, **{name: path and hub.resolve(path, name) for name, path in given.items()})
@@ -207,11 +209,23 @@ def write_pipeline_folder(arguments: argparse.Namespace, source: Path) -> int:
     return _verify(arguments, sides)
 
 
+def _prepare(arguments: argparse.Namespace) -> None:
+    """Refuse an existing output at once, before torch and the libraries of the network are imported."""
+    from cogvideox.convert.staging import refuse_existing
+
+    refuse_existing(arguments.output, [], arguments.force)
+    import torch
+
+    from cogvideox.environment import quieten_libraries
+
+    quieten_libraries(has_gpu=torch.cuda.is_available())
+
+
 def _plan(
     arguments: argparse.Namespace, source: Path, component: str, lora: Path | None = None, **known: Any
 ) -> Any:
     from cogvideox.convert.models import plan_model
-    from cogvideox.weights.lora_file import read_lora
+    from cogvideox.weights.lora.file import read_lora
 
     if arguments.check:
         _refuse_bad_values(source, component)
@@ -228,7 +242,7 @@ def _plan(
 
 
 def _with_strength(text: str) -> tuple[Path, float]:
-    from cogvideox.weights import hub
+    from cogvideox.weights.files import hub
 
     path, _, strength = text.rpartition(":")
     try:
@@ -260,8 +274,8 @@ def _stated(arguments: argparse.Namespace, component: str) -> dict[str, Any]:
 
 def _base_of(arguments: argparse.Namespace, run: Path) -> Path:
     """The model that a LoRA run started from: ``--base``, or ``load.transformer`` in the run's configuration."""
-    from cogvideox.weights import hub
-    from cogvideox.weights.locate import locate
+    from cogvideox.weights.files import hub
+    from cogvideox.weights.files.locate import locate
 
     base = arguments.base
     if base is None:

@@ -6,8 +6,8 @@ import argparse
 import json
 import sys
 
+from cogvideox.weights.files.locate import COMPONENTS
 from cogvideox.weights.identify import identify
-from cogvideox.weights.locate import COMPONENTS
 
 
 def main(argv: list[str] | None = None) -> int:

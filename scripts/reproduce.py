@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 from cogvideox import environment
 from cogvideox.command_line import leave, parse, run_door
 from cogvideox.config import Config, ConfigError, config_from_dict
-from cogvideox.weights import hub, provenance
-from cogvideox.weights.headers import read_headers
+from cogvideox.weights import provenance
+from cogvideox.weights.files import hub
+from cogvideox.weights.files.headers import read_headers
+from cogvideox.weights.files.locate import locate
 from cogvideox.weights.identify import WeightsInfo, identify
-from cogvideox.weights.locate import locate
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,8 @@ from transformer_cases import diffusers_twin, full, inputs, randomise, run_twin,
 
 from cogvideox.convert.lora import write_lora
 from cogvideox.model.lora import attach_lora, inject_lora, lora_state_dict
-from cogvideox.weights.apply_lora import (
+from cogvideox.weights.geometry import shapes_of
+from cogvideox.weights.lora.apply import (
     adapter_matrices,
     add_to_network,
     applied,
@@ -20,9 +21,8 @@ from cogvideox.weights.apply_lora import (
     read_loras,
     start_adapters,
 )
-from cogvideox.weights.geometry import shapes_of
-from cogvideox.weights.lora_file import LoraFile, read_lora
-from cogvideox.weights.low_rank import LowRank
+from cogvideox.weights.lora.file import LoraFile, read_lora
+from cogvideox.weights.lora.low_rank import LowRank
 from cogvideox.weights.transformer_keys import sat_to_diffusers
 
 ATTENTION = [f"transformer_blocks.{i}.attn1.to_{part}" for i in range(2) for part in ("q", "k", "v", "out.0")]

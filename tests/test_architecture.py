@@ -60,7 +60,7 @@ DOORS = {
     "wandb": {"engine/logging.py"},
     "tensorboardX": {"engine/logging.py"},
     "diffusers": {"convert/verify.py"},
-    "huggingface_hub": {"weights/hub.py"},
+    "huggingface_hub": {"weights/files/hub.py"},
     "torchao": {"sampling/memory.py"},
 }
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from stand_ins import sparse_safetensors
 
 from cogvideox.weights.check import check_values
-from cogvideox.weights.headers import read_headers, scalars
+from cogvideox.weights.files.headers import read_headers, scalars
 from cogvideox.weights.reader import WeightsReader
 
 NAN, INF = float("nan"), float("inf")
@@ -378,7 +378,7 @@ def test_a_pickle_made_to_harm_is_one_clear_error(name: str, container: object, 
 
 
 def test_a_pickle_that_goes_on_for_ever_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cogvideox.weights.inert_pickle.MAX_INSTRUCTIONS", 1000)
+    monkeypatch.setattr("cogvideox.weights.files.inert_pickle.MAX_INSTRUCTIONS", 1000)
     with pytest.raises(ValueError, match="more than 1,000 instructions, far beyond any model's: refused"):
         opened(zipped(tmp_path / "w.pt", START + b"N0" * 1000 + b"N."))
 

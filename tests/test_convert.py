@@ -17,10 +17,10 @@ from transformer_cases import KINDS, full, tiny
 from cogvideox.convert.diffusers_config import read_sincos_table
 from cogvideox.convert.models import convert_model, parse_size, plan_model
 from cogvideox.weights import provenance
+from cogvideox.weights.files.headers import read_headers
 from cogvideox.weights.geometry import OPTIONAL_KEYS
-from cogvideox.weights.headers import read_headers
 from cogvideox.weights.identify import identify
-from cogvideox.weights.lora_file import read_lora
+from cogvideox.weights.lora.file import read_lora
 from cogvideox.weights.reader import WeightsReader
 from scripts.convert_weights import main
 
@@ -525,7 +525,9 @@ def test_a_pipeline_folder_has_the_constants_of_its_kind(tmp_path: Path, kind: s
     expected = ((shifted - shifted[-1]) * shifted[0] / (shifted[0] - shifted[-1])).square()
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), expected, rtol=0, atol=1e-9)
     vae = json.loads((tmp_path / "out" / "vae" / "config.json").read_text())
-    assert vae["scaling_factor"] == case.LATENT_SCALE[kind] and vae["invert_scale_latents"] == kind.startswith("1.5")
+    assert vae["scaling_factor"] == case.LATENT_SCALE[kind] and vae[
+        "invert_scale_latents"
+    ] == kind.startswith("1.5")
 
 
 def test_a_pipeline_goes_to_sat_and_back_with_its_text_encoder(tmp_path: Path) -> None:

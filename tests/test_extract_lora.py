@@ -14,9 +14,9 @@ from test_low_rank import some_lora
 from transformer_cases import inputs, randomise, tiny
 
 from cogvideox.model.lora import inject_lora
-from cogvideox.weights.apply_lora import add_to_network
-from cogvideox.weights.lora_file import read_lora
-from cogvideox.weights.low_rank import add_to
+from cogvideox.weights.lora.apply import add_to_network
+from cogvideox.weights.lora.file import read_lora
+from cogvideox.weights.lora.low_rank import add_to
 from cogvideox.weights.transformer_keys import diffusers_to_sat, sat_to_diffusers
 from scripts import extract_lora
 

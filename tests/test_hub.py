@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from stand_ins import sparse_safetensors
 
-from cogvideox.weights.hub import is_address, parse, resolve
+from cogvideox.weights.files.hub import is_address, parse, resolve
 from cogvideox.weights.identify import identify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,7 +196,7 @@ def hub(weights: bytes) -> Iterator[Hub]:
 def resolve_online(home: Path, endpoint: str, *calls: tuple[str, str | None]) -> list[str]:
     """In a process of its own, where the library reads its environment: a line per address, path or error."""
     code = (
-        "import json, sys\nfrom cogvideox.weights import hub\nfrom cogvideox.weights.hub import resolve\n"
+        "import json, sys\nfrom cogvideox.weights.files import hub\nfrom cogvideox.weights.files.hub import resolve\n"
         "hub._TIMEOUT_SECONDS = min(hub._TIMEOUT_SECONDS, 1)\n"
         "for address, component in json.loads(sys.argv[1]):\n"
         "    try:\n        print(resolve(address, component))\n"

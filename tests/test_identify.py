@@ -20,7 +20,7 @@ from stand_ins import repeated, sat_folder, sparse_safetensors
 from transformer_cases import full, tiny
 
 from cogvideox.config import load_config, save_config
-from cogvideox.weights.headers import read_headers
+from cogvideox.weights.files.headers import read_headers
 from cogvideox.weights.identify import identify
 from cogvideox.weights.variants import VARIANTS, Variant
 from scripts.inspect_weights import main

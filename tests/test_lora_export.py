@@ -17,9 +17,9 @@ from transformer_cases import diffusers_twin, inputs, randomise, run_twin, tiny
 from cogvideox.convert import writer
 from cogvideox.convert.lora import write_lora
 from cogvideox.model.lora import inject_lora
-from cogvideox.weights.lora_file import LoraFile, read_lora
-from cogvideox.weights.lora_formats import parse, tensor_names
-from cogvideox.weights.low_rank import Lora, LowRank
+from cogvideox.weights.lora.file import LoraFile, read_lora
+from cogvideox.weights.lora.formats import parse, tensor_names
+from cogvideox.weights.lora.low_rank import Lora, LowRank
 
 ALPHA, RANK = 6.0, 4
 LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")

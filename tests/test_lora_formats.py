@@ -15,9 +15,9 @@ from transformer_cases import diffusers_twin, randomise, run_twin, tiny
 
 from cogvideox.convert.lora import write_lora
 from cogvideox.model.lora import inject_lora
-from cogvideox.weights.lora_file import read_lora
-from cogvideox.weights.lora_formats import parse, tensor_names
-from cogvideox.weights.low_rank import place
+from cogvideox.weights.lora.file import read_lora
+from cogvideox.weights.lora.formats import parse, tensor_names
+from cogvideox.weights.lora.low_rank import place
 
 TO_Q = "transformer_blocks.3.attn1.to_q"
 

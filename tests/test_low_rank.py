@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformer_cases import diffusers_twin, inputs, randomise, run_twin, tiny
 
-from cogvideox.weights import low_rank
-from cogvideox.weights.low_rank import Lora, LowRank, add_to, combine, extract, place, touched
+from cogvideox.weights.lora import low_rank
+from cogvideox.weights.lora.low_rank import Lora, LowRank, add_to, combine, extract, place, touched
 from cogvideox.weights.transformer_keys import diffusers_to_sat, sat_to_diffusers
 
 BLOCK = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear",

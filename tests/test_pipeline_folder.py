@@ -17,7 +17,7 @@ from torch import Tensor
 import cogvideox
 from cogvideox.diffusion.samplers import noise_source
 from cogvideox.system import VideoDiffusion
-from cogvideox.weights.headers import read_headers
+from cogvideox.weights.files.headers import read_headers
 from cogvideox.weights.load import load_transformer, load_vae
 from scripts.convert_weights import main as convert
 

@@ -19,7 +19,7 @@ from cogvideox.data.latent_cache import LatentCache
 from cogvideox.data.layouts import Clip
 from cogvideox.data.video_folder import VideoFolder
 from cogvideox.weights import provenance
-from cogvideox.weights.headers import read_headers
+from cogvideox.weights.files.headers import read_headers
 from cogvideox.weights.sources import Sources
 
 SAMPLE = Path(__file__).resolve().parents[1] / "data" / "sample"

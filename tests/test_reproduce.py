@@ -26,7 +26,7 @@ from cogvideox.sampling.prompts import make_requests
 from cogvideox.sampling.video_io import write_video
 from cogvideox.system import build_vae
 from cogvideox.weights import provenance
-from cogvideox.weights.lora_file import read_lora
+from cogvideox.weights.lora.file import read_lora
 from scripts import reproduce
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

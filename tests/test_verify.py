@@ -18,7 +18,7 @@ from stand_ins import sat_folder
 from cogvideox.convert.stages import Stage, compute_in_float32, first_failure, format_stages
 from cogvideox.convert.verify import verify
 from cogvideox.model.lora import inject_lora
-from cogvideox.weights.low_rank import LowRank, add_to
+from cogvideox.weights.lora.low_rank import LowRank, add_to
 
 KINDS = list(case.KINDS)
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from cogvideox.convert import staging
 from cogvideox.convert.staging import refuse_existing, staged
 from cogvideox.convert.writer import Entry, split, write_safetensors, write_sharded, write_torch
-from cogvideox.weights.headers import read_headers
+from cogvideox.weights.files.headers import read_headers
 
 MIXED = {
     "half": torch.arange(7).half(),

@@ -19,11 +19,11 @@ from workers.save_zero import save
 
 from cogvideox import dist
 from cogvideox.weights.check import check_values
-from cogvideox.weights.headers import position, read_headers
+from cogvideox.weights.files.headers import position, read_headers
+from cogvideox.weights.files.locate import locate
+from cogvideox.weights.files.zero import stage
 from cogvideox.weights.identify import identify
-from cogvideox.weights.locate import locate
 from cogvideox.weights.reader import WeightsReader
-from cogvideox.weights.zero import stage
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = [(s, p) for s in (0, 1, 2, 3) for p in ("fp32", "bf16") if (s, p) != (0, "fp32")]
@@ -134,8 +134,8 @@ def test_headers_tell_names_shapes_and_stage_without_torch(runs: dict[int, Path]
     info = identify(run)
     assert (info.step, info.has_optimizer, info.dtype) == (2, True, "float32")
     code = (
-        "import sys\nfrom cogvideox.weights.headers import read_headers\n"
-        "from cogvideox.weights.locate import locate\n"
+        "import sys\nfrom cogvideox.weights.files.headers import read_headers\n"
+        "from cogvideox.weights.files.locate import locate\n"
         f"assert len(read_headers(locate({str(run)!r}).files).tensors) == {len(own) - len(FROZEN)}\n"
         "assert not {'torch', 'numpy', 'deepspeed', 'huggingface_hub'} & set(sys.modules)"
     )

@@ -26,11 +26,12 @@ from cogvideox.model.lora import attach_lora, freeze_base, inject_lora, merge_lo
 from cogvideox.model.transformer import ExpertTransformer
 from cogvideox.vae.autoencoder import CausalVAE, posterior_mode, sample_posterior
 from cogvideox.vae.training import VAETraining, pixels_to_float
-from cogvideox.weights import apply_lora, load
+from cogvideox.weights import load
+from cogvideox.weights.files.hub import resolve
 from cogvideox.weights.fill import LoadReport
-from cogvideox.weights.hub import resolve
 from cogvideox.weights.identify import WeightsInfo, identify
-from cogvideox.weights.lora_file import LoraFile
+from cogvideox.weights.lora import apply as apply_lora
+from cogvideox.weights.lora.file import LoraFile
 
 logger = logging.getLogger("cogvideox")
 

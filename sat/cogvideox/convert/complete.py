@@ -14,7 +14,7 @@ from cogvideox.convert.source import Model
 from cogvideox.weights import transformer_keys as keys
 from cogvideox.weights import vae_keys
 from cogvideox.weights.geometry import OPTIONAL_KEYS, TABLE_KEYS
-from cogvideox.weights.low_rank import Lora, touched
+from cogvideox.weights.lora.low_rank import Lora, touched
 
 _TABLE_TOLERANCE = 2**-8  # entries lie in [-1, 1], and bfloat16 rounds by at most 2^-9
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cogvideox.weights.geometry import Geometry, shapes_of, transformer_geometry
-from cogvideox.weights.low_rank import Lora, LowRank, extract
+from cogvideox.weights.lora.low_rank import Lora, LowRank, extract
 from cogvideox.weights.reader import WeightsReader
 from cogvideox.weights.transformer_keys import sat_to_diffusers
 

@@ -26,10 +26,10 @@ from torch import Tensor
 from cogvideox.convert.staging import refuse_existing, staged
 from cogvideox.convert.writer import Entry, write_safetensors
 from cogvideox.weights import provenance
-from cogvideox.weights.lora_alpha import DIFFUSERS_KEY, alpha_of, scales_of
-from cogvideox.weights.lora_file import LoraFile
-from cogvideox.weights.lora_formats import FORMATS, tensor_names
-from cogvideox.weights.low_rank import Lora, LowRank
+from cogvideox.weights.lora.alpha import DIFFUSERS_KEY, alpha_of, scales_of
+from cogvideox.weights.lora.file import LoraFile
+from cogvideox.weights.lora.formats import FORMATS, tensor_names
+from cogvideox.weights.lora.low_rank import Lora, LowRank
 
 logger = logging.getLogger("cogvideox")
 

@@ -16,8 +16,8 @@ from cogvideox.convert.source import Model
 from cogvideox.convert.staging import refuse_existing, staged
 from cogvideox.convert.writer import write_safetensors, write_sharded, write_torch
 from cogvideox.weights import provenance
-from cogvideox.weights.lora_file import LoraFile, read_lora
-from cogvideox.weights.low_rank import Lora, combine
+from cogvideox.weights.lora.file import LoraFile, read_lora
+from cogvideox.weights.lora.low_rank import Lora, combine
 
 FORMATS = ("sat", "diffusers", "safetensors")
 TAG = "1"

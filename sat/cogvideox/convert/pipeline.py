@@ -16,6 +16,7 @@ from cogvideox.convert import diffusers_config as configs
 from cogvideox.convert.models import Converted, write_json, write_model
 from cogvideox.convert.plan import Plan
 from cogvideox.convert.staging import refuse_existing, staged
+from cogvideox.weights.files.locate import is_pipeline
 
 COPY_LIMIT = 2**30
 """Bytes of a text encoder up to which it is copied rather than linked."""
@@ -36,15 +37,6 @@ class Parts:
     tokenizer: list[Path] | None = None
     # Files, not folders: SAT keeps encoder and tokenizer together.
     scheduler: Path | None = None
-
-
-def is_pipeline(path: Path) -> bool:
-    """Whether a folder holds several models: diffusers' index, or a transformer and a VAE beside each other."""
-    if not path.is_dir():
-        return False
-    return (path / "model_index.json").is_file() or (
-        (path / "vae").is_dir() and any(p.is_dir() for p in path.glob("transformer*"))
-    )
 
 
 def find_parts(path: Path, vae: Path | None = None, text_encoder: Path | None = None) -> Parts:

@@ -24,8 +24,8 @@ from cogvideox.weights.geometry import (
     vae_geometry,
 )
 from cogvideox.weights.identify import identify
-from cogvideox.weights.lora_file import LoraFile
-from cogvideox.weights.low_rank import Lora, add_to
+from cogvideox.weights.lora.file import LoraFile
+from cogvideox.weights.lora.low_rank import Lora, add_to
 from cogvideox.weights.variants import Variant, variant_named_in
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]

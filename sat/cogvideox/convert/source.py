@@ -12,7 +12,7 @@ from torch import Tensor
 from cogvideox.convert import diffusers_config as configs
 from cogvideox.weights.beside import read_beside, stated_geometry
 from cogvideox.weights.geometry import Geometry, find_model, transformer_geometry
-from cogvideox.weights.lora_formats import is_lora
+from cogvideox.weights.lora.formats import is_lora
 from cogvideox.weights.reader import WeightsReader
 
 

@@ -31,9 +31,9 @@ from cogvideox.model.position import slice_learned_table
 from cogvideox.vae.blocks import ResBlock
 from cogvideox.vae.causal_conv import CausalConv3d
 from cogvideox.weights import transformer_keys, vae_keys
+from cogvideox.weights.files.locate import locate
 from cogvideox.weights.geometry import Geometry, shapes_of, transformer_geometry, vae_geometry
-from cogvideox.weights.locate import locate
-from cogvideox.weights.low_rank import Lora, add_to, combine
+from cogvideox.weights.lora.low_rank import Lora, add_to, combine
 from cogvideox.weights.reader import WeightsReader
 
 __all__ = ["Stage", "first_failure", "format_stages", "verify"]

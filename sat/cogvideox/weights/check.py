@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cogvideox.weights.headers import TensorHeader
-from cogvideox.weights.locate import COMPONENTS, locate
+from cogvideox.weights.files.headers import TensorHeader
+from cogvideox.weights.files.locate import COMPONENTS, locate
+from cogvideox.weights.files.torch_pickle import DTYPE_BYTES
 from cogvideox.weights.reader import WeightsReader
-from cogvideox.weights.torch_pickle import DTYPE_BYTES
 
 _CHUNK = 2**22  # elements
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cogvideox.weights import lora_formats
+from cogvideox.weights.lora import formats as lora_formats
 from cogvideox.weights.variants import Variant, variants_with
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -11,6 +11,9 @@ from typing import Any
 
 from cogvideox.weights import provenance
 from cogvideox.weights.beside import Beside, contradictions, read_beside, stated_geometry
+from cogvideox.weights.files.headers import Headers, is_safetensors, read_headers
+from cogvideox.weights.files.locate import COMPONENTS, Source, locate
+from cogvideox.weights.files.zero import stage
 from cogvideox.weights.geometry import (
     T5_ALIAS,
     Shapes,
@@ -20,14 +23,11 @@ from cogvideox.weights.geometry import (
     transformer_geometry,
     vae_geometry,
 )
-from cogvideox.weights.headers import Headers, is_safetensors, read_headers
 from cogvideox.weights.info import WeightsInfo
-from cogvideox.weights.locate import COMPONENTS, Source, locate
-from cogvideox.weights.lora_formats import is_lora
-from cogvideox.weights.lora_info import fill_lora, find_lora, lora_tool, take_constants
+from cogvideox.weights.lora.formats import is_lora
+from cogvideox.weights.lora.info import fill_lora, find_lora, lora_tool, take_constants
 from cogvideox.weights.nearest import looks_like
 from cogvideox.weights.variants import VARIANTS
-from cogvideox.weights.zero import stage
 
 __all__ = ["WeightsInfo", "describe", "identify"]
 

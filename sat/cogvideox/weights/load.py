@@ -42,14 +42,14 @@ def load_transformer(
 
     net: under SAT's names; where LoRA is injected, weights go to ``.original`` and the matrices stay as they are. ema:
     take averaged weights where the checkpoint has them. base_only: leave out the LoRA of a full checkpoint, which is
-    applied on its own (apply_lora.py). Without it such a checkpoint is refused: its LoRA would be lost in silence.
+    applied on its own (lora/apply.py). Without it such a checkpoint is refused: its LoRA would be lost in silence.
     """
     reader = _open_transformer(net, path, ema)
     info = reader.info
     if info.lora_rank and not base_only:
         raise ValueError(
             f"{path} is {info.variant}, which would be lost: load it with base_only=True and apply its LoRA "
-            f"(weights.apply_lora)"
+            f"(weights.lora.apply)"
         )
     theirs = transformer_geometry(shapes_of(reader.tensors, info.prefix), info.naming)
     learned = theirs is not None and theirs.learned_table

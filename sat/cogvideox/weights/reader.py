@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cogvideox.weights.files.headers import TensorHeader, position, read_headers
+from cogvideox.weights.files.locate import STATES, locate
+from cogvideox.weights.files.zero import read_masters
 from cogvideox.weights.geometry import T5_ALIAS
-from cogvideox.weights.headers import TensorHeader, position, read_headers
 from cogvideox.weights.identify import describe
-from cogvideox.weights.locate import STATES, locate
-from cogvideox.weights.zero import read_masters
 
 
 class WeightsReader:

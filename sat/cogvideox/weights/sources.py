@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cogvideox.weights import hub, provenance
+from cogvideox.weights import provenance
+from cogvideox.weights.files import hub
+from cogvideox.weights.files.locate import COMPONENTS, locate
 from cogvideox.weights.identify import identify
-from cogvideox.weights.locate import COMPONENTS, locate
 
 
 class Sources:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox.weights import provenance
-from cogvideox.weights.headers import Headers, scalars
-from cogvideox.weights.locate import Source
-from cogvideox.weights.lora_formats import LoraNames
+from cogvideox.weights.files.headers import Headers, scalars
+from cogvideox.weights.files.locate import Source
+from cogvideox.weights.lora.formats import LoraNames
 
 Ranks = Mapping[str, int]
 Found = tuple[dict[str, float], str]

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from cogvideox.weights import lora_alpha, provenance
+from cogvideox.weights import provenance
+from cogvideox.weights.files.headers import read_headers
+from cogvideox.weights.files.locate import locate
 from cogvideox.weights.geometry import lora_width
-from cogvideox.weights.headers import read_headers
-from cogvideox.weights.locate import locate
-from cogvideox.weights.lora_formats import parse
-from cogvideox.weights.low_rank import Lora, LowRank
+from cogvideox.weights.lora import alpha as lora_alpha
+from cogvideox.weights.lora.formats import parse
+from cogvideox.weights.lora.low_rank import Lora, LowRank
 from cogvideox.weights.reader import WeightsReader
 
 
@@ -64,7 +65,7 @@ def read_lora(path: str | Path, *, alpha: float | None = None, ema: bool = True)
 
     alpha: overrides what the file says. ema: take averaged matrices where the checkpoint has them. Only the matrices of
     a checkpoint are read. Raises ValueError where there is nothing to read (locate.py, reader.py), for names that are
-    no LoRA of a CogVideoX transformer (lora_formats.py), matrices that do not belong together, and a missing alpha.
+    no LoRA of a CogVideoX transformer (formats.py), matrices that do not belong together, and a missing alpha.
     """
     reader = WeightsReader(path, "transformer", ema=ema)
     source = locate(path, "transformer")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from cogvideox.weights.fill import LoadReport
 from cogvideox.weights.geometry import shapes_of, transformer_geometry
-from cogvideox.weights.lora_file import LoraFile, read_lora
-from cogvideox.weights.low_rank import Lora, add_to, combine, place
+from cogvideox.weights.lora.file import LoraFile, read_lora
+from cogvideox.weights.lora.low_rank import Lora, add_to, combine, place
 from cogvideox.weights.variants import variants_with
 
 logger = logging.getLogger("cogvideox")

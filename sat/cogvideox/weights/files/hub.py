@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogvideox.weights.headers import shards_of
+from cogvideox.weights.files.headers import shards_of
 
 # A pathlib.Path makes one slash of two.
 _ADDRESS = re.compile(r"hf:/{1,2}(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<inside>[^@]+?))?/?")

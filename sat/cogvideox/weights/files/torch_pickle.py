@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from cogvideox.weights.inert_pickle import OPAQUE, Name, read_pickle
+from cogvideox.weights.files.inert_pickle import OPAQUE, Name, read_pickle
 
 DTYPE_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogvideox.weights.headers import is_file_name, shards_of
-from cogvideox.weights.hub import resolve
+from cogvideox.weights.files.headers import is_file_name, shards_of
+from cogvideox.weights.files.hub import resolve
+from cogvideox.weights.files.zero import is_partitioned, rank_files
 from cogvideox.weights.variants import download_advice
-from cogvideox.weights.zero import is_partitioned, rank_files
 
 STATES = "mp_rank_00_model_states.pt"
 COMPONENTS = ("transformer", "vae", "text_encoder")
@@ -53,6 +53,15 @@ def locate(path: str | Path, component: str | None = None) -> Source:
     if path.is_file():
         return _locate_file(path)
     return _locate_folder(path, path, component)
+
+
+def is_pipeline(path: Path) -> bool:
+    """Whether a folder holds several models: diffusers' index, or a transformer and a VAE beside each other."""
+    if not path.is_dir():
+        return False
+    return (path / "model_index.json").is_file() or (
+        (path / "vae").is_dir() and any(p.is_dir() for p in path.glob("transformer*"))
+    )
 
 
 def _locate_file(path: Path) -> Source:

@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cogvideox.weights.headers import Headers, TensorHeader, beside, read_headers, torch_tensor
-from cogvideox.weights.torch_pickle import DTYPE_BYTES, TensorRecord, TorchFile, read_torch_file
+from cogvideox.weights.files.headers import Headers, TensorHeader, beside, read_headers, torch_tensor
+from cogvideox.weights.files.torch_pickle import DTYPE_BYTES, TensorRecord, TorchFile, read_torch_file
 
 _NAME = re.compile(r"(bf16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_00_(?P<kind>model|optim)_states\.pt")
 _Vector = list[TensorHeader]  # one-dimensional tensors, one behind the other

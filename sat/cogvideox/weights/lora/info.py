@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from cogvideox.weights import lora_alpha
 from cogvideox.weights.beside import Beside, stated_geometry
+from cogvideox.weights.files.headers import Headers
+from cogvideox.weights.files.locate import Source
 from cogvideox.weights.geometry import LoraGeometry, has_lora, lora_geometry, shapes_of
-from cogvideox.weights.headers import Headers
 from cogvideox.weights.info import WeightsInfo
-from cogvideox.weights.locate import Source
+from cogvideox.weights.lora import alpha as lora_alpha
 from cogvideox.weights.variants import Variant, variants_with
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cogvideox.weights.torch_pickle import DTYPE_BYTES, TensorRecord, TorchFile, read_torch_file
+from cogvideox.weights.files.torch_pickle import DTYPE_BYTES, TensorRecord, TorchFile, read_torch_file
 
 WRAPPERS = ("module", "state_dict", "model")
 # Keys under which checkpoints keep the weights: SAT and DeepSpeed, Lightning (`3d-vae.pt`), and common practice.
@@ -82,7 +82,7 @@ def read_headers(files: Iterable[Path]) -> Headers:
 
     DeepSpeed's files of ZeRO-3, one of each rank, give the gathered tensors.
     """
-    from cogvideox.weights.zero import is_partitioned, read_partitioned  # which builds on this file
+    from cogvideox.weights.files.zero import is_partitioned, read_partitioned  # which builds on this file
 
     files = list(files)
     if is_partitioned(files):
