@@ -12,26 +12,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cogvideox.command_line import run_door
+from cogvideox.weights.lora.formats import FORMATS
+
 TARGETS = ("sat", "diffusers", "safetensors", "kohya", "comfyui")
-_LORA_FORMATS = {
-    "sat": "SAT",
-    "safetensors": "SAT",
-    "diffusers": "diffusers",
-    "kohya": "kohya",
-    "comfyui": "ComfyUI",
-}
+_LORA_FORMATS = {name.lower(): name for name in FORMATS} | {"safetensors": "SAT"}
 VERIFY_LIMIT = 200_000_000
 """Parameters of the transformer below which a conversion is verified without being asked."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+def main(argv: list[str]) -> int:
+    """0; 1 where what was written does not compute what was read; 130 after Ctrl-C."""
+    arguments = _parser().parse_args(argv)
     try:
         return run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted: what had been written of the output was removed", file=sys.stderr)
         return 130
@@ -85,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     link.add_argument("--copy", dest="link", action="store_false", help="copy them (default up to 1 GiB)")
     group.add_argument("--force", action="store_true", help="replace OUT")
     group = parser.add_argument_group("checks")
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     group.add_argument("--check", action="store_true", help="read all of IN first; refuse NaN and infinity")
     group.add_argument(
         "--verify",
@@ -168,7 +163,7 @@ def write_models(
     arguments: argparse.Namespace, source: Path, component: str, lora: Path | None = None
 ) -> int:
     """One model. lora: a LoRA that is merged into it besides those of ``--lora``."""
-    _prepare(arguments)
+    _prepare(arguments, source)
     from cogvideox.convert.models import parse_size, write_model
 
     plan = _plan(arguments, source, component, lora)
@@ -184,7 +179,7 @@ def write_models(
 
 def write_pipeline_folder(arguments: argparse.Namespace, source: Path) -> int:
     """Transformer, VAE, text encoder, and for diffusers the scheduler."""
-    _prepare(arguments)
+    _prepare(arguments, source)
     from cogvideox.convert.models import parse_size
     from cogvideox.convert.pipeline import find_parts, write_pipeline
     from cogvideox.weights.files import hub
@@ -209,11 +204,11 @@ def write_pipeline_folder(arguments: argparse.Namespace, source: Path) -> int:
     return _verify(arguments, sides)
 
 
-def _prepare(arguments: argparse.Namespace) -> None:
+def _prepare(arguments: argparse.Namespace, source: Path) -> None:
     """Refuse an existing output at once, before torch and the libraries of the network are imported."""
     from cogvideox.convert.staging import refuse_existing
 
-    refuse_existing(arguments.output, [], arguments.force)
+    refuse_existing(arguments.output, [source], arguments.force)
     import torch
 
     from cogvideox.environment import quieten_libraries
@@ -345,4 +340,4 @@ def _dtype(arguments: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_door(main))

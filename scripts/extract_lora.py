@@ -9,8 +9,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from cogvideox.command_line import run_door
+from cogvideox.weights.lora.formats import FORMATS
 
-def main(argv: list[str] | None = None) -> int:
+_FORMATS = {name.lower(): name for name in FORMATS}
+
+
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.extract_lora", description=__doc__.partition(":")[0]
     )
@@ -20,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("tuned", metavar="TUNED", help="the model after, of the same variant; any format")
     parser.add_argument("output", metavar="OUT", type=Path, help="the LoRA to write")
     parser.add_argument("--rank", type=int, required=True, help="of every layer's update")
-    parser.add_argument("--to", choices=("diffusers", "kohya", "ComfyUI", "SAT"), default="diffusers")
+    parser.add_argument("--to", choices=tuple(_FORMATS), default="diffusers")
     parser.add_argument(
         "--layers",
         nargs="+",
@@ -30,13 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the LoRA")
     parser.add_argument("--no-ema", action="store_true", help="a run's last weights, not its averaged ones")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
-    arguments = parser.parse_args(argv)
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    run(parser.parse_args(argv))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -80,7 +80,12 @@ def run(arguments: argparse.Namespace) -> None:
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
     written = write_lora(
-        found.lora, arguments.output, arguments.to, dtype=dtype, metadata=metadata, force=arguments.force
+        found.lora,
+        arguments.output,
+        _FORMATS[arguments.to],
+        dtype=dtype,
+        metadata=metadata,
+        force=arguments.force,
     )
     print(f"{'layer':<24} relative error at rank {arguments.rank}")
     for kind in found.squares:
@@ -92,4 +97,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_door(main))

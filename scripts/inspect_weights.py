@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 
+from cogvideox.command_line import run_door
 from cogvideox.weights.files.locate import COMPONENTS
 from cogvideox.weights.identify import identify
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0; 1 where nothing can be read, or where ``--check`` finds NaN or infinity."""
+def main(argv: list[str]) -> int:
+    """0; 1 where ``--check`` finds NaN or infinity."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.inspect_weights", description=__doc__.partition(":")[0]
     )
@@ -22,13 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--component", choices=COMPONENTS, help="which part of a pipeline folder")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--check", action="store_true", help="read every value, report NaN and infinity")
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     arguments = parser.parse_args(argv)
-    try:
-        info = identify(arguments.path, arguments.component)
-        damaged = _damaged(arguments.path, arguments.component) if arguments.check else None
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    info = identify(arguments.path, arguments.component)
+    damaged = _damaged(arguments.path, arguments.component) if arguments.check else None
     if arguments.json:
         print(json.dumps(info.as_dict() | ({} if damaged is None else {"damaged_values": damaged}), indent=2))
     else:
@@ -47,4 +45,4 @@ def _damaged(path: str, component: str | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_door(main))

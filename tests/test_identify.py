@@ -19,11 +19,12 @@ import yaml
 from stand_ins import repeated, sat_folder, sparse_safetensors
 from transformer_cases import full, tiny
 
+from cogvideox.command_line import run_door
 from cogvideox.config import load_config, save_config
 from cogvideox.weights.files.headers import read_headers
 from cogvideox.weights.identify import identify
 from cogvideox.weights.variants import VARIANTS, Variant
-from scripts.inspect_weights import main
+from scripts import inspect_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {
@@ -34,6 +35,10 @@ KINDS = {
     "1.5_i2v": "CogVideoX1.5-5B-I2V",
 }
 PREFIX = "model.diffusion_model."
+
+
+def main(argv: list[str]) -> int:
+    return run_door(inspect_weights.main, argv)
 
 
 def keys_of(reference: Path, name: str) -> dict[str, tuple[int, ...]]:
@@ -589,7 +594,7 @@ def test_the_command_tells_everything_in_json_and_errors_in_one_line(
     assert main([str(path), "--check"]) == 1
     assert re.search(r"DAMAGED +time_embed\.0\.bias.* NaN", capsys.readouterr().out)
     for wrong in ("hf://THUDM/CogVideoX-2b", str(tmp_path / "CogVideoX-2b")):
-        assert main([wrong]) == 1
+        assert main([wrong]) == 2
         out, error = capsys.readouterr()
         assert not out and error.count("\n") == 1 and "hf download THUDM/CogVideoX-2b" in error
 
@@ -653,7 +658,7 @@ def test_truncated_files_are_one_clear_error(format: str, tmp_path: Path) -> Non
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=str(path)):
             identify(path)
-        assert main([str(path)]) == 1
+        assert main([str(path)]) == 2
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="empty"):
         identify(path)
