@@ -196,6 +196,8 @@ def test_stopping_the_demo_leaves_no_process_behind(tmp_path: Path) -> None:
     hold = "import time; time.sleep(600)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}], start_new_session=True)"
     program = (
+        # A shell starts its background jobs with SIGINT ignored, and Python keeps it so.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; from pathlib import Path; from scripts.demo.stage import Stage, run_stage\n"
         f"run_stage(Stage('probe', 'probe', [sys.executable, '-c', {code!r}], Path({str(tmp_path / 'f')!r})), "
         f"Path({str(tmp_path)!r}))"
