@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from cogvideox.diffusion.denoiser import GuidedDenoiser
-from cogvideox.diffusion.guidance import ConstantGuidance, DynamicStepGuidance, DynamicTimestepGuidance
+from cogvideox.diffusion.guidance import (
+    ConstantGuidance,
+    DynamicStepGuidance,
+    DynamicTimestepGuidance,
+    IntervalGuidance,
+    RescaledGuidance,
+)
+from cogvideox.diffusion.heun import heun
+from cogvideox.diffusion.samplers import ddim
 from cogvideox.diffusion.schedule import ZeroSNRSchedule
 
 SCHEDULE = ZeroSNRSchedule()
@@ -63,6 +71,78 @@ def test_step_guidance_rises_smoothly_from_one() -> None:
 def test_a_fractional_exponent_of_the_published_form_is_an_error() -> None:
     with pytest.raises(ValueError, match="whole number"):
         DynamicTimestepGuidance(6, 4.5)
+
+
+# --------------------------------------------------------------------------------------------- interval, rescaled
+
+
+def test_outside_the_interval_the_unconditional_pass_is_skipped() -> None:
+    cond, uncond = conditions(u=0.2, c=0.5)
+    denoise = GuidedDenoiser(network, SCHEDULE, 7, IntervalGuidance(6.0, 300, 800), cond, uncond)
+    ddim(denoise, torch.zeros(2, 1, 2, 2, 2), SCHEDULE, steps=7)
+    assert network.batches == [2, 2, 4, 4, 4, 2, 2]  # timesteps 999, 856, 713, 570, 428, 285, 142
+    network.batches = []
+    heun(denoise, torch.zeros(2, 1, 2, 2, 2), SCHEDULE, steps=7)  # each timestep but the first twice
+    assert network.batches == [2, 2, 2, 4, 4, 4, 4, 4, 4, 2, 2, 2, 2]
+
+
+def test_the_interval_has_both_its_ends() -> None:
+    guidance = IntervalGuidance(6, 285, 713)
+    assert [guidance(0, t, 50) for t in (284, 285, 713, 714)] == [1.0, 6.0, 6.0, 1.0]
+    assert IntervalGuidance(6)(0, 0, 50) == IntervalGuidance(6)(0, 999, 50) == 6.0
+
+
+@pytest.mark.parametrize(("low", "high"), [(500, 400), (-1, 400)])
+def test_an_empty_interval_is_an_error(low: int, high: int) -> None:
+    with pytest.raises(ValueError, match=f"low={low}, high={high}"):
+        IntervalGuidance(6, low, high)
+
+
+def velocities(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 3, 4, 2, 5, 5, generator=torch.Generator().manual_seed(seed)).unbind(0)
+
+
+def test_the_rescaled_guidance_has_the_contrast_of_the_conditional_prediction() -> None:
+    u, c = velocities()
+    guided = RescaledGuidance(7.5, factor=1.0).combine(u, c, 7.5)
+    for item, expected in zip(guided, c, strict=True):
+        assert item.std().item() == pytest.approx(expected.std().item(), rel=1e-5)
+    torch.testing.assert_close(
+        RescaledGuidance(7.5, factor=0.0).combine(u, c, 7.5), u + 7.5 * (c - u), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.7])
+def test_rescaled_guidance_matches_diffusers(factor: float) -> None:
+    pytest.importorskip("diffusers")
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    u, c = velocities()
+    theirs = rescale_noise_cfg(u + 7.5 * (c - u), c, guidance_rescale=factor)
+    ours = RescaledGuidance(7.5, factor).combine(u, c, 7.5)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_denoiser_lets_the_guidance_combine_the_networks_outputs() -> None:
+    both = torch.cat(velocities())
+    x, cond = (
+        torch.randn(3, 4, 2, 5, 5, generator=torch.Generator().manual_seed(3)),
+        {"tokens": torch.zeros(3, 1)},
+    )
+    guidance, step = RescaledGuidance(7.5, 0.7), 4
+    denoise = GuidedDenoiser(lambda x, t, c: both, SCHEDULE, 7, guidance, cond, cond)
+    alpha = SCHEDULE.quantise(SCHEDULE.alphas(7)[step])[1].item()
+    expected = SCHEDULE.predict_x0(guidance.combine(*both.chunk(2), 7.5), x, alpha)
+    torch.testing.assert_close(denoise(x, SCHEDULE.timesteps(7)[step]), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [-0.1, 1.1])
+def test_a_rescale_factor_out_of_range_is_an_error(factor: float) -> None:
+    with pytest.raises(ValueError, match=f"factor={factor}: expected a number from 0 to 1"):
+        RescaledGuidance(7.5, factor)
+
+
+# ---------------------------------------------------------------------------------------------------- the denoiser
 
 
 def test_denoiser_combines_both_predictions_in_one_call() -> None:

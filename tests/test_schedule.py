@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from cogvideox.diffusion.schedule import ZeroSNRSchedule
+from cogvideox.diffusion.spacing import SPACINGS
 
 SHIFTS = [1, 3]
 
@@ -85,6 +86,76 @@ def test_a_number_of_steps_out_of_range_is_an_error(steps: int) -> None:
 def test_an_impossible_schedule_is_an_error(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ZeroSNRSchedule(**wrong)
+
+
+# ---------------------------------------------------------------------------------------------------- sub-schedules
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_spacing_falls_from_pure_noise_to_clean(spacing: str, shift: int) -> None:
+    schedule = ZeroSNRSchedule(shift, spacing=spacing)
+    for steps in (1, 2, 3, 50, 600, 999, 1000):
+        alphas, timesteps = schedule.alphas(steps), schedule.timesteps(steps)
+        assert alphas[0] == 0 and alphas[-1] == 1 and (alphas.diff() > 0).all()
+        assert timesteps.dtype == torch.int64 and timesteps.shape == (steps,)
+        assert timesteps[-1] >= 0 and timesteps[0] <= 999 and (timesteps.diff() < 0).all()
+        assert timesteps[0] == 999 or (spacing == "leading" and steps < 1000)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("steps", [5, 20, 50])
+def test_even_spacings_are_those_of_diffusers(spacing: str, steps: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.CogVideoXDDIMScheduler(timestep_spacing=spacing, steps_offset=0)
+    scheduler.set_timesteps(steps)
+    assert ZeroSNRSchedule(spacing=spacing).timesteps(steps).tolist() == scheduler.timesteps.tolist()
+
+
+def test_trailing_is_the_default() -> None:
+    for steps in (7, 50):
+        assert torch.equal(
+            ZeroSNRSchedule(3).alphas(steps), ZeroSNRSchedule(3, spacing="trailing").alphas(steps)
+        )
+
+
+def before_the_rescale(shift: int, timesteps: torch.Tensor) -> torch.Tensor:
+    """sqrt((1 - a^2) / a^2) by the formula of the betas, in float64: finite at 999, as the spacings need it."""
+    betas = torch.linspace(8.5e-4**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    ratio = (1 - betas).log().cumsum(0).neg().expm1()  # noise over signal, squared; the shift multiplies it
+    return (shift * ratio[timesteps]).sqrt()
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_karras_is_even_in_the_seventh_root_of_sigma(shift: int) -> None:
+    timesteps = ZeroSNRSchedule(shift, spacing="karras").timesteps(10)
+    ours = before_the_rescale(shift, timesteps)
+    ramp = torch.linspace(0, 1, 10, dtype=torch.float64)
+    theirs = (ours[0] ** (1 / 7) + ramp * (ours[-1] ** (1 / 7) - ours[0] ** (1 / 7))) ** 7
+    # An integer timestep is at most half a one away, which at the clean end is a quarter of sigma.
+    torch.testing.assert_close(ours[:-3], theirs[:-3], rtol=0.02, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=0.15, atol=0)
+
+
+def test_log_snr_is_even_in_it() -> None:
+    timesteps = ZeroSNRSchedule(spacing="log_snr").timesteps(10)
+    steps = before_the_rescale(1, timesteps).log().diff()
+    torch.testing.assert_close(steps[:-3], steps[:-3].mean().expand(6), rtol=0.1, atol=0)
+
+
+def test_karras_and_log_snr_spend_more_steps_near_the_clean_end() -> None:
+    median = {name: ZeroSNRSchedule(spacing=name).timesteps(20)[10].item() for name in SPACINGS}
+    assert median["log_snr"] < median["karras"] < median["linspace"]
+
+
+def test_an_unknown_spacing_names_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError, match="spacing='trailling': did you mean trailing.*leading, linspace, karras"
+    ):
+        ZeroSNRSchedule(spacing="trailling")
+
+
+# ------------------------------------------------------------------------------------------------ noise and velocity
 
 
 def test_velocity_is_the_derivative_along_the_arc() -> None:

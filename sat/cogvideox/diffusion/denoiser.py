@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from cogvideox.diffusion.partial import TailSchedule
 from cogvideox.diffusion.schedule import ZeroSNRSchedule
 
 
@@ -14,7 +15,8 @@ class GuidedDenoiser:
     """``denoise(x, t) -> x0`` from ``network(x, t, condition) -> v``.
 
     network: takes x (B, T, C, H, W), t (B,) int64 and a condition, {"tokens": (B, L, D), "concat": (B, T, C, H, W)}.
-    steps: of the sampling run, so that the guidance knows how far it is.
+    steps: of the sampling run, so that the guidance knows how far it is. With a ``TailSchedule`` it is told of the full
+        run: its step index and its number of steps.
     guidance: ``(step_index, t, steps) -> scale``, see ``diffusion.guidance``.
     cond, uncond: the two conditions, with the same keys and shapes. A negative prompt is an ``uncond``.
 
@@ -37,6 +39,8 @@ class GuidedDenoiser:
                 f"unconditional and conditional inputs differ: {shapes[0]} and {shapes[1]}; guidance needs the same "
                 f"keys and shapes"
             )
+        if isinstance(schedule, TailSchedule):  # the guidance counts the steps of the full run
+            steps, schedule = schedule.full_steps, schedule.schedule
         self.network, self.schedule, self.steps, self.guidance = network, schedule, steps, guidance
         self.cond = dict(cond)
         self.both = {key: torch.cat([uncond[key], cond[key]]) for key in cond}
@@ -55,10 +59,16 @@ class GuidedDenoiser:
         alpha = self.schedule.quantise(self._alphas[step])[1].item()
         scale = self.guidance(step, t, self.steps)
         if scale == 1:
-            return self._predict(x, t, self.cond, alpha)
-        unconditional, conditional = self._predict(torch.cat([x, x]), t, self.both, alpha).chunk(2)
+            return self.schedule.predict_x0(self._velocity(x, t, self.cond), x, alpha)
+        velocities = self._velocity(torch.cat([x, x]), t, self.both)
+        if hasattr(self.guidance, "combine"):
+            guided = self.guidance.combine(*velocities.chunk(2), scale)
+            return self.schedule.predict_x0(guided, x, alpha)
+        # As published, the predictions of x0 are combined: the same up to rounding.
+        both = self.schedule.predict_x0(velocities, torch.cat([x, x]), alpha)
+        unconditional, conditional = both.chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
-    def _predict(self, x: Tensor, t: int, condition: Mapping[str, Tensor], alpha: float) -> Tensor:
+    def _velocity(self, x: Tensor, t: int, condition: Mapping[str, Tensor]) -> Tensor:
         v = self.network(x, torch.full((len(x),), t, device=x.device), condition)
-        return self.schedule.predict_x0(v.to(torch.promote_types(x.dtype, torch.float32)), x, alpha)
+        return v.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,5 +1,7 @@
 """Samplers: from noise to a clean latent in a number of steps, given a denoiser.
 
+Here are the published ones; ``heun``, ``ancestral``, ``dpm`` and ``unipc`` have others, ``names`` lists them all.
+
 One contract: ``sampler(denoise, x, schedule, *, steps, noise, callback=None) -> x0``
 
 * ``denoise(x, t) -> x0`` predicts the clean sample; ``t`` is a timestep of ``schedule.timesteps(steps)``, a 0-d int64
@@ -10,24 +12,29 @@ One contract: ``sampler(denoise, x, schedule, *, steps, noise, callback=None) ->
 * ``callback(dict(step=i, steps=n, t=t, x=x, denoised=x0))`` after every step, ``x`` being the new state.
 * A prediction with a NaN or an infinity raises FloatingPointError that names the step.
 
-``schedule`` needs ``alphas(steps)`` and ``timesteps(steps)``. In the formulas a is sqrt(alpha_cumprod), so that
-x_t = a x0 + sqrt(1 - a^2) noise.
+``schedule`` needs ``alphas(steps)`` and ``timesteps(steps)``: a ``ZeroSNRSchedule``, or a part of one, ``partial``. In
+the formulas a is sqrt(alpha_cumprod), so that x_t = a x0 + sqrt(1 - a^2) noise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from cogvideox.diffusion.schedule import ZeroSNRSchedule
-
-Denoise = Callable[[Tensor, Tensor], Tensor]
-Noise = Callable[[Tensor], Tensor]
-Callback = Callable[[dict[str, Any]], None]
+from cogvideox.diffusion.stepping import (
+    Callback,
+    Denoise,
+    Noise,
+    log_snr,
+    predict,
+    report,
+    sampling_steps,
+    state,
+)
 
 
 def ddim(
@@ -43,12 +50,12 @@ def ddim(
 
     The remaining noise is kept and scaled; the last step returns the prediction itself.
     """
-    x = _state(x)
-    for i, t, a, a_next in _steps(schedule, steps):
-        x0 = _predict(denoise, x, t, i, steps)
+    x = state(x)
+    for i, t, a, a_next in sampling_steps(schedule, steps):
+        x0 = predict(denoise, x, t, i, steps)
         keep = math.sqrt((1 - a_next**2) / (1 - a**2))
         x = keep * x + (a_next - a * keep) * x0
-        _report(callback, i, steps, t, x, x0)
+        report(callback, i, steps, t, x, x0)
     return x
 
 
@@ -62,17 +69,17 @@ def dpmpp_2m(
     callback: Callback | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M), deterministic (Lu et al. 2022, algorithm 2). Upstream: VPODEDPMPP2MSampler."""
-    x, previous_x0, previous_h = _state(x), None, math.inf
-    for i, t, a, a_next in _steps(schedule, steps):
-        x0 = _predict(denoise, x, t, i, steps)
+    x, previous_x0, previous_h = state(x), None, math.inf
+    for i, t, a, a_next in sampling_steps(schedule, steps):
+        x0 = predict(denoise, x, t, i, steps)
         if a_next == 1:
             x = x0
         else:
-            h = _log_snr(a_next) - _log_snr(a)
+            h = log_snr(a_next) - log_snr(a)
             target = _extrapolate(x0, previous_x0, h, previous_h)
             x = math.sqrt((1 - a_next**2) / (1 - a**2)) * x - a_next * math.expm1(-h) * target
             previous_x0, previous_h = x0, h
-        _report(callback, i, steps, t, x, x0)
+        report(callback, i, steps, t, x, x0)
     return x
 
 
@@ -90,13 +97,13 @@ def dpmpp_2m_sde(
 
     Draws: one in the first step, two in each later one of which the second is used, none in the last.
     """
-    x, previous_x0, previous_h = _state(x), None, math.inf
-    for i, t, a, a_next in _steps(schedule, steps):
-        x0 = _predict(denoise, x, t, i, steps)
+    x, previous_x0, previous_h = state(x), None, math.inf
+    for i, t, a, a_next in sampling_steps(schedule, steps):
+        x0 = predict(denoise, x, t, i, steps)
         if a_next == 1:
             x = x0
         else:
-            h = _log_snr(a_next) - _log_snr(a)
+            h = log_snr(a_next) - log_snr(a)
             target = _extrapolate(x0, previous_x0, h, previous_h)
             if i > 0:
                 noise(x)  # Upstream draws for a first-order step that it then discards: seeds depend on it.
@@ -107,7 +114,7 @@ def dpmpp_2m_sde(
                 + sigma_next * math.sqrt(-math.expm1(-2 * h)) * noise(x)
             )
             previous_x0, previous_h = x0, h
-        _report(callback, i, steps, t, x, x0)
+        report(callback, i, steps, t, x, x0)
     return x
 
 
@@ -129,40 +136,6 @@ def noise_source(seeds: Sequence[int], device: torch.device | str | None = None)
         return draws.to(device=x.device if device is None else device, dtype=x.dtype)
 
     return noise
-
-
-def _steps(schedule: ZeroSNRSchedule, steps: int) -> Iterator[tuple[int, Tensor, float, float]]:
-    """(step index, timestep, a before the step, a after it), from noise (a = 0) to clean (a = 1).
-
-    Coefficients are then computed from Python floats: once per step, exact, and without touching the device.
-    """
-    alphas = schedule.alphas(steps).tolist()
-    for i, t in enumerate(schedule.timesteps(steps)):
-        yield i, t, alphas[i], alphas[i + 1]
-
-
-def _state(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _predict(denoise: Denoise, x: Tensor, t: Tensor, step: int, steps: int) -> Tensor:
-    x0 = denoise(x, t).to(x.dtype)
-    if not torch.isfinite(x0).all():
-        raise FloatingPointError(
-            f"step {step + 1} of {steps} (timestep {int(t)}): the predicted latent is not finite. "
-            f"In fp16 use bf16 or fp32 instead (sample.precision); otherwise the weights or the input hold NaN"
-        )
-    return x0
-
-
-def _report(callback: Callback | None, step: int, steps: int, t: Tensor, x: Tensor, x0: Tensor) -> None:
-    if callback is not None:
-        callback({"step": step, "steps": steps, "t": int(t), "x": x, "denoised": x0})
-
-
-def _log_snr(a: float) -> float:
-    """lambda = log(a / sqrt(1 - a^2)), half the log signal-to-noise ratio; -inf for pure noise."""
-    return math.log(a / math.sqrt(1 - a**2)) if a > 0 else -math.inf
 
 
 def _extrapolate(x0: Tensor, previous_x0: Tensor | None, h: float, previous_h: float) -> Tensor:

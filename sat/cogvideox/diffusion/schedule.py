@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from cogvideox.diffusion.spacing import spacing_named
 
 
 class ZeroSNRSchedule:
@@ -18,6 +19,8 @@ class ZeroSNRSchedule:
 
     snr_shift: s, 3 for CogVideoX-2B and 1 (none) for the others.  num_timesteps: N.
     shift_after_rescale: shift last instead, as upstream's ``post_shift`` (no published model does).
+    spacing: which timesteps a sampling run visits: "trailing" (published), "leading", "linspace", "karras" or
+    "log_snr", see ``diffusion.spacing``. Training does not depend on it.
 
     ``table`` is (N,) float32 on the CPU, sqrt(alpha_cumprod) with index == timestep: ~0.9996 at 0, 0 at N - 1.
     """
@@ -29,6 +32,7 @@ class ZeroSNRSchedule:
         linear_start: float = 8.5e-4,
         linear_end: float = 0.012,
         shift_after_rescale: bool = False,
+        spacing: str = "trailing",
     ):
         if snr_shift <= 0:
             raise ValueError(
@@ -41,6 +45,7 @@ class ZeroSNRSchedule:
                 f"model.schedule linear_start={linear_start}, linear_end={linear_end}: "
                 f"expected 0 < linear_start <= linear_end < 1"
             )
+        self._spacing = spacing_named(spacing)
         self.num_timesteps = num_timesteps
         betas = torch.linspace(linear_start**0.5, linear_end**0.5, num_timesteps, dtype=torch.float64) ** 2
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
@@ -52,12 +57,14 @@ class ZeroSNRSchedule:
         self._copies: dict[torch.device, Tensor] = {self.table.device: self.table}
 
     def timesteps(self, steps: int) -> Tensor:
-        """The timesteps that ``steps`` sampling steps feed to the network: (steps,) int64, descending from N - 1."""
+        """The timesteps that ``steps`` sampling steps feed to the network: (steps,) int64, descending.
+
+        All spacings but "leading" begin at N - 1.
+        """
         if not 1 <= steps <= self.num_timesteps:
             raise ValueError(f"sample.steps={steps}: expected a number from 1 to {self.num_timesteps}")
-        # numpy's linspace, not torch's: the two round differently and the result is truncated.
-        spaced = np.linspace(self.num_timesteps - 1, 0, steps, endpoint=False)
-        return torch.from_numpy(spaced.astype(np.int64))
+        log_snr = self._alphas_cumprod.logit() / 2
+        return torch.from_numpy(self._spacing(log_snr.numpy(), steps))
 
     def alphas(self, steps: int) -> Tensor:
         """sqrt(alpha_cumprod) before, between and after ``steps`` sampling steps: (steps + 1,) float32, from 0 to 1.
