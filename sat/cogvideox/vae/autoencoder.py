@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cogvideox.vae.causal_conv import ConvCache
 from cogvideox.vae.decoder import Decoder
 from cogvideox.vae.encoder import Encoder
+from cogvideox.vae.tiling import Tiling, difference
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -32,6 +33,9 @@ class CausalVAE(nn.Module):
         remains added to the first (9 for 4k+1 frames). The same numbers up to 13 frames, others from 17 on.
     decode_latents_per_pass: latents in each chunk of a decode; the first chunk has one more. 2 is the published way.
         (SAT's script for 161 frames of CogVideoX1.5 uses 4.)
+    tile_latent_height, tile_latent_width: encode and decode in overlapping tiles of this size in latents, as diffusers
+        does; None is the whole height or width. Saves memory; other numbers (see `tiling` and `tiling_difference`).
+    slice_batch: the clips of a batch one after the other: the memory of one clip, the same numbers.
     checkpoint_activations: recompute each residual block in the backward pass of a one-pass encode or decode.
     """
 
@@ -47,6 +51,9 @@ class CausalVAE(nn.Module):
         norm_groups: int = 32,
         encode_frames_per_pass: int | None = None,
         decode_latents_per_pass: int = 2,
+        tile_latent_height: int | None = None,
+        tile_latent_width: int | None = None,
+        slice_batch: bool = False,
         checkpoint_activations: bool = False,
     ):
         super().__init__()
@@ -58,6 +65,8 @@ class CausalVAE(nn.Module):
         self.temporal_compression = temporal_compression
         self.encode_frames_per_pass = encode_frames_per_pass
         self.decode_latents_per_pass = decode_latents_per_pass
+        self.tiling = Tiling(tile_latent_height, tile_latent_width)
+        self.slice_batch = slice_batch
         self._check_frames_per_pass(encode_frames_per_pass)
         shared = dict(
             widths=widths,
@@ -93,22 +102,20 @@ class CausalVAE(nn.Module):
         Neither clamped nor scaled: see `sample_posterior` and the model's scale factor.
         """
         self._check_video(video)
-        num_frames = video.shape[1]
         if frames_per_pass is None:
             frames_per_pass = self.encode_frames_per_pass
-        if frames_per_pass is None or frames_per_pass >= num_frames:
-            return self._encode_chunk(video, None)
-        self._check_frames_per_pass(frames_per_pass)
-        cache: ConvCache = {}
-        first = frames_per_pass + num_frames % frames_per_pass
-        lengths = [first] + [frames_per_pass] * ((num_frames - first) // frames_per_pass)
-        return torch.cat([self._encode_chunk(chunk, cache) for chunk in video.split(lengths, dim=1)], dim=1)
+        if frames_per_pass is None:
+            frames_per_pass = video.shape[1]
+        elif frames_per_pass < video.shape[1]:
+            self._check_frames_per_pass(frames_per_pass)
+        clips = video.split(1) if self.slice_batch else [video]
+        return torch.cat([self._encode_clips(clip, frames_per_pass) for clip in clips])
 
     def decode(self, latents: Tensor, chunked: bool = True) -> Tensor:
         """Video of unscaled latents: (B, T, z, H, W) -> (B, F, C, s * H, s * W), about [-1, 1], not clamped.
 
-        chunked: as published, latents [0:3], [3:5], [5:7], ... (see `decode_stream`); False decodes a clip in one pass
-            (training; more memory).
+        chunked: as published, latents [0:3], [3:5], [5:7], ... (see `decode_stream`); False decodes whole clips in one
+            pass, neither tiled nor sliced (training; more memory).
         """
         if chunked:
             return torch.cat(list(self.decode_stream(latents)), dim=1)
@@ -117,12 +124,47 @@ class CausalVAE(nn.Module):
 
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
         """The chunks of `decode(latents)` one after the other, each (B, f, C, s * H, s * W): the memory of one chunk.
+        Tiles, and the clips of a sliced batch but the last, are decoded completely before the first chunk comes.
 
         The cuts do not depend on T, so that a clip's first frames are the same whatever follows. An even T ends with a
         chunk of one latent (SAT drops that latent; diffusers returns 4T frames).
         """
         self._check_latents(latents)
-        return self._decode_chunks(latents)
+        return self._decode_slices(latents) if self.slice_batch else self._decode_clips(latents)
+
+    def tiling_difference(self, latents: Tensor) -> dict[str, float]:
+        """Decode with and without tiles: {max, rms, psnr_db} of the difference. latents: (B, T, z, H, W), unscaled."""
+        self._check_latents(latents)
+        return difference(self._decode_chunks(latents), self._decode_clips(latents))
+
+    def _encode_clips(self, video: Tensor, frames_per_pass: int) -> Tensor:
+        s = self.spatial_compression
+        if not self.tiling.cuts(video.shape[-2] // s, video.shape[-1] // s):
+            return self._encode_passes(video, frames_per_pass)
+        (moments,) = self.tiling.run(
+            lambda tile: [self._encode_passes(tile, frames_per_pass)], video, cell_in=s, cell_out=1
+        )
+        return moments
+
+    def _encode_passes(self, video: Tensor, frames_per_pass: int) -> Tensor:
+        num_frames = video.shape[1]
+        if frames_per_pass >= num_frames:
+            return self._encode_chunk(video, None)
+        cache: ConvCache = {}
+        first = frames_per_pass + num_frames % frames_per_pass
+        lengths = [first] + [frames_per_pass] * ((num_frames - first) // frames_per_pass)
+        return torch.cat([self._encode_chunk(chunk, cache) for chunk in video.split(lengths, dim=1)], dim=1)
+
+    def _decode_slices(self, latents: Tensor) -> Iterator[Tensor]:
+        *earlier, last = latents.split(1)
+        videos = [list(self._decode_clips(clip)) for clip in earlier]
+        for chunks in zip(*videos, self._decode_clips(last), strict=True):
+            yield torch.cat(chunks)
+
+    def _decode_clips(self, latents: Tensor) -> Iterator[Tensor]:
+        if not self.tiling.cuts(*latents.shape[-2:]):
+            return self._decode_chunks(latents)
+        return self.tiling.run(self._decode_chunks, latents, cell_in=1, cell_out=self.spatial_compression)
 
     def _decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
         cache: ConvCache = {}

@@ -6,6 +6,8 @@ k+1 latents. `starts_clip` says that frame 0 of the tensor at hand is that first
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,11 +47,32 @@ class SpatialNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         # A 1x1x1 convolution commutes with nearest-neighbour enlargement; upstream enlarges first, at s * s times the
-        # work. In place, because at full resolution each of these tensors is over a gigabyte.
-        h = self.norm_layer(x)
-        h *= F.interpolate(self.conv_y(z), size=x.shape[2:])
-        h += F.interpolate(self.conv_b(z), size=x.shape[2:])
-        return h
+        # work.
+        return modulate(self.norm_layer(x), self.conv_y(z), self.conv_b(z))
+
+    def activate_in_place(self, x: Tensor, z: Tensor) -> Tensor:
+        """`x` overwritten by silu(forward(x, z)): half of the groups at a time, so that two of it never exist."""
+        scale, shift, norm = self.conv_y(z), self.conv_b(z), self.norm_layer
+        width = norm.num_channels // norm.num_groups
+        for first, end in itertools.pairwise(sorted({0, norm.num_groups // 2, norm.num_groups})):
+            part = slice(first * width, end * width)
+            h = F.group_norm(x[:, part], end - first, norm.weight[part], norm.bias[part], norm.eps)
+            x[:, part] = F.silu(modulate(h, scale[:, part], shift[:, part]), inplace=True)
+            del h
+        return x
+
+
+def modulate(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """h * scale + shift, written into `h`, the fields enlarged by nearest neighbours.
+
+    h: (B, C, T, s * H, s * W);  scale, shift: (B, C, T, H, W). Enlarged are only the rows of the fields; that all
+    s rows of h above a row of the field use it is a broadcast. A field at full resolution is over a gigabyte.
+    """
+    s = h.shape[3] // scale.shape[3]
+    rows = h.unflatten(3, (scale.shape[3], s))  # (B, C, T, H, s, s * W), a view
+    rows *= scale.repeat_interleave(s, dim=4).unsqueeze(4)
+    rows += shift.repeat_interleave(s, dim=4).unsqueeze(4)
+    return h
 
 
 class ResBlock(nn.Module):
@@ -70,15 +93,42 @@ class ResBlock(nn.Module):
         self.conv1 = CausalConv3d(in_channels, out_channels)
         self.norm2 = norm(out_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels)
-        if in_channels != out_channels:
+        self.changes_width = in_channels != out_channels
+        if self.changes_width:
             self.nin_shortcut = nn.Conv3d(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: Tensor, z: Tensor | None = None, cache: ConvCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | list[Tensor], z: Tensor | None = None, cache: ConvCache | None = None
+    ) -> Tensor:
+        """x: a tensor; or, where nothing is differentiated, a list of one that is handed over: it is taken out,
+        overwritten and freed as soon as it can be."""
+        if isinstance(x, list):
+            return self._consume(x, z, cache)
         condition = () if z is None else (z,)
         h = self.conv1(F.silu(self.norm1(x, *condition), inplace=True), cache)
         h = self.conv2(F.silu(self.norm2(h, *condition), inplace=True), cache)
-        h += x if h.shape[1] == x.shape[1] else self.nin_shortcut(x)
+        h += self.nin_shortcut(x) if self.changes_width else x
         return h
+
+    def _consume(self, held: list[Tensor], z: Tensor | None, cache: ConvCache | None) -> Tensor:
+        x = held.pop()
+        total = self.nin_shortcut(x) if self.changes_width else x
+        if self.changes_width and z is not None:
+            # The widest tensor of all enters the last level; the shortcut has been read from it, so it can go.
+            h = self.norm1.activate_in_place(x, z)
+        else:
+            h = F.silu(self.norm1(x) if z is None else self.norm1(x, z), inplace=True)
+        del x
+        pieces = self.conv1.pieces(h, cache)
+        del h
+        h = torch.cat(pieces, dim=2)
+        del pieces
+        h = F.silu(self.norm2(h) if z is None else self.norm2(h, z), inplace=True)
+        start = 0
+        for piece in self.conv2.pieces(h, cache):
+            total[:, :, start : start + piece.shape[2]] += piece
+            start += piece.shape[2]
+        return total
 
 
 class Downsample(nn.Module):
@@ -105,5 +155,33 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, starts_clip: bool) -> Tensor:
         # The convolution works frame by frame: before the doubling it sees each frame once (upstream: after, twice).
-        x = per_frame(lambda frames: self.conv(F.interpolate(frames, scale_factor=2.0)), x)
+        kernels = doubling_kernels(self.conv.weight)
+        x = per_frame(lambda frame: convolve_doubled(frame, kernels, self.conv.bias), x)
         return double_frames(x, starts_clip) if self.time else x
+
+
+def convolve_doubled(x: Tensor, kernels: list[Tensor], bias: Tensor) -> Tensor:
+    """The 3x3 convolution of `x` at twice its size (nearest neighbours): (B, C, H, W) -> (B, C', 2H, 2W).
+
+    Of each 2x2 output pixels every one sees only 2x2 different input pixels: four small convolutions of the small
+    image at 4/9 of the multiplications  (Shi et al. 2016, arXiv:1609.05158, the other way round).
+    """
+    phases = [
+        F.conv2d(F.pad(x, (1 - j, j, 1 - i, i)), kernel, bias)
+        for (i, j), kernel in zip(itertools.product((0, 1), repeat=2), kernels, strict=True)
+    ]
+    return F.pixel_shuffle(torch.stack(phases, dim=2).flatten(1, 2), 2)
+
+
+def doubling_kernels(weight: Tensor) -> list[Tensor]:
+    """The kernels of `convolve_doubled`: (C', C, 3, 3) -> four of (C', C, 2, 2), for even and odd rows x columns.
+
+    An even row sees the input row above and, with two taps, its own; an odd row its own and the one below.
+    """
+
+    def fold(w: Tensor, dim: int) -> list[Tensor]:
+        a, b, c = w.unbind(dim)
+        return [torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)]
+
+    # Summed in float32: in bfloat16 each tap is then rounded once.
+    return [kernel.to(weight.dtype) for rows in fold(weight.float(), 2) for kernel in fold(rows, 3)]

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 ConvCache = dict[nn.Module, Tensor]
@@ -23,6 +22,8 @@ ConvCache = dict[nn.Module, Tensor]
 
 # cuDNN's convolutions index with 32 bits; 49 frames of 480x720 at width 128 are more elements than that.
 MAX_CONV_ELEMENTS = 2**31 - 1
+# An input over that limit is cut into pieces this large: small, because a convolution copies a piece before it starts.
+PIECE_ELEMENTS = 2**29
 
 
 class CausalConv3d(nn.Module):
@@ -40,30 +41,57 @@ class CausalConv3d(nn.Module):
         )
 
     def forward(self, x: Tensor, cache: ConvCache | None = None) -> Tensor:
-        if self.num_past_frames == 0:
-            return self.conv(x)
-        past = cache.get(self) if cache else None
+        pieces = self.pieces(x, cache)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+    def pieces(self, x: Tensor, cache: ConvCache | None = None) -> list[Tensor]:
+        """The output as tensors that follow each other in time: the caller may free `x` before he joins them.
+
+        Only the first `num_past_frames` outputs see the past. Convolving these apart spares a copy of all of `x` with
+        the past in front.
+        """
+        k = self.num_past_frames
+        if k == 0:
+            return [self.conv(x)]
+        past = cache.pop(self, None) if cache is not None else None
         if past is None:
-            past = x[:, :, :1].expand(-1, -1, self.num_past_frames, -1, -1)
-        x = torch.cat([past, x], dim=2)
+            past = x[:, :, :1].expand(-1, -1, k, -1, -1)
+        pieces = [self.conv(torch.cat([past, x[:, :, :k]], dim=2))]
         if cache is not None:
             # A slice alone would keep the whole chunk in memory.
-            cache[self] = x[:, :, -self.num_past_frames :].clone()
-        return self._convolve(x)
+            cache[self] = (
+                x[:, :, -k:].clone() if x.shape[2] >= k else torch.cat([past[:, :, x.shape[2] :], x], 2)
+            )
+        del past
+        return pieces + self._convolve(x)
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        if x.numel() <= MAX_CONV_ELEMENTS:
-            return self.conv(x)
-        frames_per_piece = max(1, MAX_CONV_ELEMENTS // x[:, :, 0].numel() - self.num_past_frames)
+    def _convolve(self, x: Tensor) -> list[Tensor]:
+        """The outputs that see no frame before `x`, of which there are `num_past_frames` fewer than frames."""
         num_frames = x.shape[2] - self.num_past_frames
-        pieces = [
+        if num_frames <= 0:
+            return []
+        if x.numel() <= MAX_CONV_ELEMENTS:
+            return [self.conv(x)]
+        frames_per_piece = max(1, PIECE_ELEMENTS // x[:, :, 0].numel() - self.num_past_frames)
+        return [
             self.conv(x[:, :, start : min(start + frames_per_piece, num_frames) + self.num_past_frames])
             for start in range(0, num_frames, frames_per_piece)
         ]
-        return torch.cat(pieces, dim=2)
 
 
 def per_frame(operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a 2D operation to each frame of (B, C, T, H, W)."""
-    frames = rearrange(x, "b c t h w -> (b t) c h w")
-    return rearrange(operation(frames), "(b t) c h w -> b c t h w", b=x.shape[0]).contiguous()
+    """Apply a 2D operation to each frame of (B, C, T, H, W), one after the other."""
+    first = operation(x[:, :, 0])
+    others = (operation(x[:, :, t]) for t in range(1, x.shape[2]))
+    if first.requires_grad:
+        return torch.stack([first, *others], dim=2)
+    result = first.new_empty(*first.shape[:2], x.shape[2], *first.shape[2:])  # never two of the whole result
+    result[:, :, 0] = first
+    for t, frame in enumerate(others, 1):
+        result[:, :, t] = frame
+    return result
+
+
+def needs_graph(network: nn.Module, *inputs: Tensor) -> bool:
+    """Whether a pass will be differentiated; if not, tensors may be overwritten and freed on the way."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *network.parameters()))

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cogvideox.vae.blocks import ResBlock, SpatialNorm, Upsample, double_frames
-from cogvideox.vae.causal_conv import CausalConv3d, ConvCache
+from cogvideox.vae.causal_conv import CausalConv3d, ConvCache, needs_graph
 
 
 class DecoderLevel(nn.Module):
@@ -66,22 +66,27 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor, cache: ConvCache | None = None) -> Tensor:
         """Decode a whole clip (no cache) or the clip's next chunk, whose predecessors have filled `cache`."""
         starts_clip = not cache
-        h = self.conv_in(z, cache)
+        differentiated = needs_graph(self, z, *(cache or {}).values())
+        held = [self.conv_in(z, cache)]  # in a list, so that a block can free what it was given
         for block in self.mid.values():
-            h = self._run(block, h, z, cache)
+            held = [self._run(block, held, z, cache, differentiated)]
         for level in reversed(self.up):
             for block in level.block:
-                h = self._run(block, h, z, cache)
+                held = [self._run(block, held, z, cache, differentiated)]
             if level.upsample is not None:
-                h = level.upsample(h, starts_clip)
+                held = [level.upsample(held.pop(), starts_clip)]
                 if level.upsample.time:
                     z = double_frames(
                         z, starts_clip
                     )  # the norms' condition keeps pace in time; space stays coarse
-        return self.conv_out(F.silu(self.norm_out(h, z), inplace=True), cache)
+        return self.conv_out(F.silu(self.norm_out(held.pop(), z), inplace=True), cache)
 
-    def _run(self, block: ResBlock, h: Tensor, z: Tensor, cache: ConvCache | None) -> Tensor:
+    def _run(
+        self, block: ResBlock, held: list[Tensor], z: Tensor, cache: ConvCache | None, differentiated: bool
+    ) -> Tensor:
+        if not differentiated:
+            return block(held, z, cache)
         # A recomputed block would read the cache of a later chunk: chunks are never checkpointed.
         if self.checkpoint_activations and cache is None:
-            return checkpoint(block, h, z, use_reentrant=False)
-        return block(h, z, cache)
+            return checkpoint(block, held.pop(), z, use_reentrant=False)
+        return block(held.pop(), z, cache)

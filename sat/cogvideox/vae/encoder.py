@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cogvideox.vae.blocks import NORM_EPS, Downsample, ResBlock
-from cogvideox.vae.causal_conv import CausalConv3d, ConvCache
+from cogvideox.vae.causal_conv import CausalConv3d, ConvCache, needs_graph
 
 
 class EncoderLevel(nn.Module):
@@ -61,18 +61,23 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, cache: ConvCache | None = None) -> Tensor:
         """Encode a whole clip (no cache) or the clip's next chunk, whose predecessors have filled `cache`."""
         starts_clip = not cache
-        h = self.conv_in(x, cache)
+        differentiated = needs_graph(self, x, *(cache or {}).values())
+        held = [self.conv_in(x, cache)]  # in a list, so that a block can free what it was given
         for level in self.down:
             for block in level.block:
-                h = self._run(block, h, cache)
+                held = [self._run(block, held, cache, differentiated)]
             if level.downsample is not None:
-                h = level.downsample(h, starts_clip)
+                held = [level.downsample(held.pop(), starts_clip)]
         for block in self.mid.values():
-            h = self._run(block, h, cache)
-        return self.conv_out(F.silu(self.norm_out(h), inplace=True), cache)
+            held = [self._run(block, held, cache, differentiated)]
+        return self.conv_out(F.silu(self.norm_out(held.pop()), inplace=True), cache)
 
-    def _run(self, block: ResBlock, h: Tensor, cache: ConvCache | None) -> Tensor:
+    def _run(
+        self, block: ResBlock, held: list[Tensor], cache: ConvCache | None, differentiated: bool
+    ) -> Tensor:
+        if not differentiated:
+            return block(held, cache=cache)
         # A recomputed block would read the cache of a later chunk: chunks are never checkpointed.
         if self.checkpoint_activations and cache is None:
-            return checkpoint(block, h, use_reentrant=False)
-        return block(h, cache=cache)
+            return checkpoint(block, held.pop(), use_reentrant=False)
+        return block(held.pop(), cache=cache)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cogvideox.vae.autoencoder import CausalVAE, sample_posterior
 from cogvideox.vae.losses import ReconstructionKL, psnr
+from cogvideox.vae.tiling import Tiling
 
 
 class VAETraining(nn.Module):
@@ -21,6 +22,11 @@ class VAETraining(nn.Module):
 
     def __init__(self, vae: CausalVAE, loss: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None):
         super().__init__()
+        if vae.tiling != Tiling(None, None):
+            raise ValueError(
+                f"vae.tile_latent_height={vae.tiling.height} and vae.tile_latent_width={vae.tiling.width}: a VAE is "
+                "trained on whole frames; set both to null (smaller frames save memory)"
+            )
         self.first_stage_model = vae
         self.loss = ReconstructionKL() if loss is None else loss
 
