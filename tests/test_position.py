@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformer_cases import inputs, randomise, tiny
@@ -105,3 +107,33 @@ def test_a_learned_table_alone_is_a_position_embedding_too() -> None:
     net = randomise(tiny("5b", position=LearnedPosition3D))
     assert net.mixins["pos_embed"].pos_embedding.shape == (1, 5 + 3 * 4 * 6, 48)
     assert net(**inputs(net, 2, 4, 6)).shape == (2, 2, 4, 4, 6)
+
+
+@pytest.mark.parametrize("grid", [(3, 30, 45), (3, 48, 80), (2, 24, 30), (4, 45, 30), (1, 13, 57)])
+def test_a_resized_grid_matches_diffusers(grid: tuple[int, int, int]) -> None:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    trained = (30, 45)
+    region = get_resize_crop_region_for_grid(grid[1:], trained[1], trained[0])
+    expected = get_3d_rotary_pos_embed(64, region, grid[1:], grid[0])
+    tables = rotary_3d(grid, 64, 10_000.0, 0, trained=trained)
+    for table, reference in zip(tables, expected, strict=True):
+        # diffusers repeats each pair. Positions differ by one rounding of linspace, at most 45 * 2^-24.
+        torch.testing.assert_close(table.repeat_interleave(2, dim=-1), reference.float(), atol=5e-6, rtol=0)
+
+
+def test_resize_equals_slice_at_the_configured_size_and_at_no_other() -> None:
+    nets = [
+        randomise(tiny("5b", position=partial(RotaryPosition3D, other_sizes=name)))
+        for name in ("slice", "resize")
+    ]
+    native, larger = inputs(nets[0]), inputs(nets[0], height=12, width=12)
+    with torch.no_grad():
+        assert torch.equal(nets[0](**native), nets[1](**native))
+        assert not torch.allclose(nets[0](**larger), nets[1](**larger), atol=1e-3)
+
+
+def test_an_unknown_rule_for_other_sizes_is_refused() -> None:
+    with pytest.raises(ValueError, match="other_sizes='crop': expected slice .* or resize"):
+        tiny("5b", position=partial(RotaryPosition3D, other_sizes="crop"))

@@ -29,11 +29,12 @@ T5_V1_1_XXL = {
 # shape (22.2 for full fine-tuning, 13.4 with frozen weights); fused kernels keep fewer.
 SAVED_TENSORS_FULL = 22.2
 SAVED_TENSORS_LORA = 13.4
-# Tensors of the VAE's first level alive at the peak of an encoding in one pass (30.6 GB for 49 x 480 x 720 in bf16).
-VAE_LIVE_TENSORS = 7.1
-# The same for decoding a chunk of 9 frames (7.6 GB at 480 x 720), and the network's own peak in tokens x width.
-VAE_DECODE_LIVE_TENSORS = 9.5
-NETWORK_LIVE_TENSORS = 15
+# Tensors of the VAE's first level alive at the peak of an encoding in one pass (13.8 GB for 49 x 480 x 720 in bf16).
+VAE_LIVE_TENSORS = 3.2
+# The same for decoding a chunk of 9 frames (5.9 GB at 480 x 720), and the network's own peak in tokens x width. All
+# three are counted: tests/test_vae_memory.py, tests/test_transformer_memory.py.
+VAE_DECODE_LIVE_TENSORS = 7.4
+NETWORK_LIVE_TENSORS = 11.1
 
 
 # --------------------------------------------------------------------------------------------------- parameters

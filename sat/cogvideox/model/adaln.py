@@ -66,12 +66,17 @@ class ExpertAdaLN(BaseMixin):
         layer_id: int,
         emb: Tensor,
         text_length: int,
+        modulations: Tensor | None = None,
         **kw_args,
     ) -> Tensor:
-        """hidden_states: (B, S, D), text first; emb: (B or 1, E). Returns (B, S, D)."""
+        """hidden_states: (B, S, D), text first; emb: (B or 1, E). Returns (B, S, D).
+
+        modulations: (layers, B or 1, 12 D), what the linear layers make of ``emb``, where it is known (modulation.py).
+        """
         layer = self.transformer.layers[layer_id]
         kw_args |= {"layer_id": layer_id, "emb": emb, "text_length": text_length}
-        chunks = self.adaLN_modulations[layer_id](emb)[:, None].chunk(12, dim=-1)
+        modulation = self.adaLN_modulations[layer_id](emb) if modulations is None else modulations[layer_id]
+        chunks = modulation[:, None].chunk(12, dim=-1)
         pairs = zip(chunks[6:], chunks[:6], strict=True)  # (text, video); the weights hold video first
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = pairs
 
@@ -88,4 +93,5 @@ class ExpertAdaLN(BaseMixin):
         if self.qk_ln:
             query = self.query_layernorm_list[layer_id](query)
             key = self.key_layernorm_list[layer_id](key)
+            kw_args["may_overwrite"] = True  # new tensors, which nobody else holds
         return old_impl(query, key, value, *args, layer_id=layer_id, **kw_args)

@@ -30,10 +30,21 @@ class FinalLayer(BaseMixin):
         nn.init.zeros_(self.linear.bias)
 
     def final_forward(
-        self, hidden_states: Tensor, *, emb: Tensor, text_length: int, grid: tuple[int, int, int], **_
+        self,
+        hidden_states: Tensor,
+        *,
+        emb: Tensor,
+        text_length: int,
+        grid: tuple[int, int, int],
+        final_modulation: Tensor | None = None,
+        **_,
     ) -> Tensor:
-        """hidden_states: (B, L + N, D); emb: (B or 1, E). Returns (B, T, out_channels, H, W)."""
-        shift, scale = self.adaLN_modulation(emb)[:, None].chunk(2, dim=-1)
+        """hidden_states: (B, L + N, D); emb: (B or 1, E). Returns (B, T, out_channels, H, W).
+
+        final_modulation: (B or 1, 2 D), what the linear layer makes of ``emb``, where it is known (modulation.py).
+        """
+        modulation = self.adaLN_modulation(emb) if final_modulation is None else final_modulation
+        shift, scale = modulation[:, None].chunk(2, dim=-1)
         video = torch.addcmul(shift, self.norm_final(hidden_states[:, text_length:]), 1 + scale)
         (frames, height, width), (_, rows, columns) = self.patch_size, grid
         pattern = "b (t h w) (c o p q) -> b (t o) c (h p) (w q)"

@@ -39,23 +39,51 @@ def sincos_3d(grid: Grid, dim: int, interpolation: tuple[float, float, float], d
 
 
 def rotary_3d(
-    grid: Grid, head_dim: int, theta: float, text_length: int, device=None
+    grid: Grid,
+    head_dim: int,
+    theta: float,
+    text_length: int,
+    device=None,
+    trained: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotation of each pair of channels: two (L + T * H * W, head_dim / 2), float32.
 
     The channels are split time 1/4, height 3/8, width 3/8 over an integer grid. Text rows are not rotated
-    (cos 1, sin 0), so that one product serves the joint sequence.
+    (cos 1, sin 0), so that one product serves the joint sequence.  trained: (H, W) onto which the rows and columns
+    are resized (``resized_region``); None leaves them whole numbers.
     """
+    spans = [
+        (0, grid[0]),
+        *(((0, n) for n in grid[1:]) if trained is None else resized_region(grid[1:], trained)),
+    ]
     angles = []
     for axis, (length, dim) in enumerate(zip(grid, (head_dim // 4, *[head_dim // 8 * 3] * 2), strict=True)):
         frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-        angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
+        start, stop = spans[axis]
+        # diffusers' end: from a start other than 0, the last step falls short of one spacing. Whole numbers from 0.
+        places = torch.linspace(start, stop * (length - 1) / length, length, device=device)
+        angle = places[:, None] * frequencies
         shape = [1, 1, 1, dim // 2]
         shape[axis] = length
         angles.append(angle.view(shape).expand(*grid, -1))
     angle = torch.cat(angles, dim=-1).flatten(0, 2)
     angle = torch.nn.functional.pad(angle, (0, 0, text_length, 0))
     return angle.cos(), angle.sin()
+
+
+def resized_region(size: tuple[int, int], trained: tuple[int, int]) -> list[tuple[int, int]]:
+    """(start, stop) of rows and of columns: the largest centred region of ``trained`` (H, W) in the shape of ``size``.
+
+    The rule of diffusers for CogVideoX 1.0 (``get_resize_crop_region_for_grid``): it fits height or width and rounds
+    the other. A stop beyond the trained grid cannot occur; a start is 0 on one axis.
+    """
+    (height, width), (most_h, most_w) = size, trained
+    if height / width > most_h / most_w:
+        rows, columns = most_h, round(most_h / height * width)
+    else:
+        rows, columns = round(most_w / width * height), most_w
+    top, left = round((most_h - rows) / 2), round((most_w - columns) / 2)
+    return [(top, top + rows), (left, left + columns)]
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -68,6 +96,14 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.addcmul(x0 * cos, x1, sin, value=-1), torch.addcmul(x1 * cos, x0, sin)
     return torch.stack(rotated, dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotate_pairs_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``rotate_pairs`` written into ``x`` an eighth of the heads at a time: the same numbers, an eighth of the
+    float32 intermediates. Without gradients only."""
+    for heads in x.split(max(1, x.shape[1] // 8), dim=1):
+        heads.copy_(rotate_pairs(heads, cos, sin))
+    return x
 
 
 def slice_learned_table(table: Tensor, table_grid: Grid, grid: Grid, text_length: int) -> Tensor:
@@ -136,6 +172,9 @@ class RotaryPosition3D(BaseMixin):
     """Rotary embedding of queries and keys (Su et al. 2021) over time, height and width: CogVideoX-5B and 1.5.
 
     ``learned_table`` adds a learned table to the tokens besides (5B-I2V).
+    ``other_sizes``: where the patches of a size that was not trained stand. "slice": on whole numbers from 0, as SAT
+    and CogVideoX1.5; "resize": on fractions, over the part of the trained grid that has their shape, as diffusers does
+    for 1.0 (``resized_region``). Equal at the configured size.
     """
 
     def __init__(
@@ -146,21 +185,30 @@ class RotaryPosition3D(BaseMixin):
         text_length: int,
         theta: float = 10_000.0,
         learned_table: bool = False,
+        other_sizes: str = "slice",
     ):
         super().__init__()
+        if other_sizes not in ("slice", "resize"):
+            raise ValueError(
+                f"model.transformer.position.params.other_sizes={other_sizes!r}: expected slice (whole numbers, as "
+                "SAT) or resize (onto the trained grid, as diffusers does for CogVideoX 1.0)"
+            )
         if head_dim % 16:
             raise ValueError(
                 f"a head of {head_dim} channels (model.transformer.hidden_size / num_attention_heads) cannot be split "
                 "1/4, 3/8, 3/8 into pairs for the rotary position embedding: it needs a multiple of 16"
             )
-        self.head_dim, self.theta, self.grid = head_dim, theta, grid
+        self.head_dim, self.theta, self.grid, self.other_sizes = head_dim, theta, grid, other_sizes
         self.pos_embedding = _learned_table(hidden_size, grid, text_length) if learned_table else None
         self.register_load_state_dict_pre_hook(_drop_stored_frequencies)
 
     def position_embedding_forward(
         self, position_ids, *, output_cross_layer: dict, grid: Grid, text_length: int, emb: Tensor, **_
     ) -> Tensor | None:
-        output_cross_layer["rope"] = rotary_3d(grid, self.head_dim, self.theta, text_length, emb.device)
+        trained = self.grid[1:] if self.other_sizes == "resize" else None
+        output_cross_layer["rope"] = rotary_3d(
+            grid, self.head_dim, self.theta, text_length, emb.device, trained
+        )
         if self.pos_embedding is None:
             return None
         return slice_learned_table(self.pos_embedding, self.grid, grid, text_length)
@@ -174,9 +222,12 @@ class RotaryPosition3D(BaseMixin):
         *args,
         old_impl,
         rope: tuple[Tensor, Tensor],
+        may_overwrite: bool = False,
         **kw_args,
     ) -> Tensor:
-        return old_impl(rotate_pairs(query, *rope), rotate_pairs(key, *rope), value, *args, **kw_args)
+        """may_overwrite: query and key belong to this call alone, so that without gradients they turn in place."""
+        rotate = rotate_pairs_ if may_overwrite and not torch.is_grad_enabled() else rotate_pairs
+        return old_impl(rotate(query, *rope), rotate(key, *rope), value, *args, **kw_args)
 
 
 def _learned_table(hidden_size: int, grid: Grid, text_length: int) -> nn.Parameter:

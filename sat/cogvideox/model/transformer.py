@@ -13,7 +13,8 @@ B batch, T latent frames, C channels, H W latent size, N video tokens, L text to
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from sat.model.base_model import BaseMixin, BaseModel
 from torch import Tensor
 
 from cogvideox.model.attention import attention_fn
+from cogvideox.model.modulation import Modulations, precompute_modulations
 from cogvideox.model.timestep import embedding_mlp, sinusoid
 from cogvideox.model.trunk import Trunk
 
@@ -83,6 +85,7 @@ class ExpertTransformer(BaseModel):
         super().__init__(args=None, transformer=trunk)
         self.in_channels, self.out_channels, self.patch_size = in_channels, out_channels, patch_size
         self.hidden_size, self.text_length, self.ofs_embed_dim = hidden_size, text_length, ofs_embed_dim
+        self._modulations: Modulations | None = None
         self.geometry = {
             "num_layers": num_layers,
             "hidden_size": hidden_size,
@@ -140,16 +143,44 @@ class ExpertTransformer(BaseModel):
         dtype = self.time_embed[0].weight.dtype
         frames, height, width = self.patch_size
         grid = (video.shape[1] // frames, video.shape[3] // height, video.shape[4] // width)
+        emb = self.embed_time(timesteps, ofs)
+        known = {} if self._modulations is None else self._modulations.at(timesteps, ofs, emb.device)
         velocity = super().forward(
             video.to(dtype),
             position_ids=None,
             attention_mask=None,
             context=context.to(dtype),
-            emb=self.embed_time(timesteps, ofs),
+            emb=emb,
             grid=grid,
             text_length=context.shape[1],
+            **known,
         )
         return velocity.to(x.dtype)
+
+    def precompute_modulations(
+        self, timesteps: Tensor | Sequence[float], ofs: Tensor | float | None = None
+    ) -> Modulations:
+        """The adaLN modulations of all ``timesteps`` (n,) of a sampling run, for ``use_modulations``."""
+        return precompute_modulations(self, timesteps, ofs)
+
+    @contextmanager
+    def use_modulations(self, modulations: Modulations | None) -> Iterator[None]:
+        """Inside, the network looks its modulations up and does not touch the adaLN weights. None: as outside.
+
+        A timestep that ``modulations`` does not hold is a ValueError.
+        """
+        before, self._modulations = self._modulations, modulations
+        try:
+            yield
+        finally:
+            self._modulations = before
+
+    def chunk_mlp(self, rows: int | None) -> None:
+        """Let every MLP take ``rows`` tokens (of all items together) at a time where no gradient is kept; None: all."""
+        if rows is not None and rows < 1:
+            raise ValueError(f"MLP chunks of {rows} tokens: expected at least 1, or None for all at once")
+        for layer in self.transformer.layers:
+            layer.mlp.chunk_rows = rows
 
     def embed_time(self, timesteps: Tensor, ofs: Tensor | float | None = None) -> Tensor:
         """(B, E): the MLP of the timestep's sinusoid, plus that of ``ofs``. Sinusoids are float32, then cast."""

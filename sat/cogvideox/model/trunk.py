@@ -19,10 +19,15 @@ from cogvideox.model.attention import SelfAttention
 
 
 class MLP(nn.Module):
-    """Linear, GELU (tanh form), linear."""
+    """Linear, GELU (tanh form), linear.
+
+    ``chunk_rows``: without gradients, that many tokens at a time (None: all): the hidden layer, 4 D wide, is the
+    largest tensor of the network, and no token sees another.
+    """
 
     def __init__(self, hidden_size: int, hooks: dict):
         super().__init__()
+        self.chunk_rows: int | None = None
         self.dense_h_to_4h = nn.Linear(hidden_size, 4 * hidden_size)
         self.dense_4h_to_h = nn.Linear(4 * hidden_size, hidden_size)
         self.hooks = hooks
@@ -30,6 +35,15 @@ class MLP(nn.Module):
     def forward(self, hidden_states: Tensor, **kw_args) -> Tensor:
         if "mlp_forward" in self.hooks:
             return self.hooks["mlp_forward"](hidden_states, **kw_args)
+        if self.chunk_rows is None or torch.is_grad_enabled():
+            return self._tokens(hidden_states)
+        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        rows = hidden_states.flatten(0, -2).split(self.chunk_rows)
+        for chunk, place in zip(rows, out.flatten(0, -2).split(self.chunk_rows), strict=True):
+            place.copy_(self._tokens(chunk))
+        return out
+
+    def _tokens(self, hidden_states: Tensor) -> Tensor:
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
 
 
@@ -100,6 +114,7 @@ class Trunk(nn.Module):
             )
             if position is not None:
                 hidden_states = hidden_states + position.to(hidden_states.dtype)
+                del position  # float32 and as large as the tokens: not for the length of the forward pass
         kw_args |= cross_layer
         for layer in self.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
