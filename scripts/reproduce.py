@@ -242,9 +242,9 @@ def rendered_again(
     """(record of the video then, comparison) one by one; the new videos lie in ``folder``."""
     from cogvideox import dist
     from cogvideox.engine.logging import get_logger
-    from cogvideox.sampling.preview import device_name, write_preview
+    from cogvideox.sampling.preview import device_name, final_latents, write_preview
     from cogvideox.sampling.prompts import Request
-    from cogvideox.sampling.run import denoise, encode
+    from cogvideox.sampling.ways_in import denoise, prepare
 
     dist.init()
     get_logger()
@@ -260,15 +260,15 @@ def rendered_again(
             raise ConfigError(f"{then['name']}: its image {then['image']} is not there any more")
         request = Request(index, then["prompt"], then["seed"], then["image"] and Path(then["image"]))
         start = time.perf_counter()
-        latents = denoise(system, [request], encode(system, [request]))
-        now = write_preview(system, latents, request, folder, start, config)
+        sampled = denoise(system, [request], prepare(system, [request]))
+        now = write_preview(system, sampled, request, folder, start, config)
         if then["latents"]["shape"] != now["latents"]["shape"]:
             raise ConfigError(
                 f"{then['name']}: latents of shape {then['latents']['shape']} then, {now['latents']['shape']} now: "
                 f"an override changed the size of the section sample"
             )
         recorded = _read_latents(subject.previews / f"{then['name']}.safetensors", then)
-        yield then, compare(system, then, now, latents[0].float().cpu(), recorded)
+        yield then, compare(system, then, now, final_latents(sampled), recorded)
 
 
 def load_system(config: Config) -> VideoDiffusion:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from fractions import Fraction
 
 import av
@@ -12,7 +14,18 @@ from PIL import Image
 
 from cogvideox.data.reader import open_video
 from cogvideox.sampling import video_io
-from cogvideox.sampling.video_io import to_uint8, write_contact_sheet, write_video
+from cogvideox.sampling.outputs import write_pixels
+from cogvideox.sampling.prompts import Request
+from cogvideox.sampling.targets import Target
+from cogvideox.sampling.video_io import (
+    frames_writer,
+    gif_writer,
+    mp4_writer,
+    sheet_writer,
+    to_uint8,
+    write_contact_sheet,
+    write_video,
+)
 
 
 def smooth(frames: int, height: int = 48, width: int = 64) -> torch.Tensor:
@@ -100,3 +113,75 @@ def test_a_contact_sheet_shows_the_frames_in_order(tmp_path):
     assert (sheet[:, :100] < 128).any()  # labels
     with pytest.raises(ValueError, match="at least one row"):
         write_contact_sheet(tmp_path / "t.png", [])
+
+
+@pytest.mark.parametrize("fps", [8, 16, 23.976, 30])
+def test_a_gif_lasts_as_long_as_its_video_and_looks_like_it(tmp_path, fps):
+    video = to_uint8(smooth(41))
+    with gif_writer(tmp_path / "v.gif", fps) as write:
+        for start in (0, 1, 9):
+            write(video[start : {0: 1, 1: 9, 9: 41}[start]])
+    with Image.open(tmp_path / "v.gif") as gif:  # read by Pillow's own reader
+        assert (gif.n_frames, gif.size, gif.info["loop"]) == (41, (64, 48), 0)
+        milliseconds, worst = 0, 0.0
+        for index in range(41):
+            gif.seek(index)
+            milliseconds += gif.info["duration"]
+            frame = torch.from_numpy(np.array(gif.convert("RGB"))).permute(2, 0, 1).float()
+            worst = max(worst, (frame - video[index].float()).abs().mean().item())
+    assert abs(milliseconds - 41000 / fps) <= 5  # half of a hundredth of a second
+    assert worst < 3  # 256 colours
+
+
+def test_frames_are_the_pixels_themselves(tmp_path):
+    video = torch.randint(0, 256, (3, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with frames_writer(tmp_path / "v") as write:
+        write(video)
+    names = sorted(path.name for path in (tmp_path / "v").iterdir())
+    assert names == ["0000.png", "0001.png", "0002.png"]
+    back = np.stack([np.asarray(Image.open(tmp_path / "v" / name)) for name in names])
+    assert (back == video.permute(0, 2, 3, 1).numpy()).all()
+    with frames_writer(tmp_path / "v") as write:  # a shorter one takes its place whole
+        write(video[:1])
+    assert [path.name for path in (tmp_path / "v").iterdir()] == ["0000.png"]
+
+
+@pytest.mark.parametrize(
+    "writer",
+    [
+        mp4_writer,
+        gif_writer,
+        lambda path, fps: frames_writer(path),
+        lambda path, fps: sheet_writer(path, "v"),
+    ],
+)
+@pytest.mark.parametrize("fault", ["nothing written", "an error", "Ctrl-C", "another size"])
+def test_every_writer_leaves_a_whole_file_or_none(tmp_path, writer, fault):
+    error = {"an error": OSError, "Ctrl-C": KeyboardInterrupt}.get(fault, ValueError)
+    with pytest.raises(error), writer(tmp_path / "v.out", 8) as write:
+        if fault != "nothing written":
+            write(to_uint8(smooth(2)))
+        if fault == "another size":
+            write(to_uint8(smooth(2, height=32)))
+        if error is not ValueError:
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_outputs_hold_one_chunk_of_the_stream_at_a_time(tmp_path):
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def decoder() -> Iterator[torch.Tensor]:
+        nonlocal most
+        for start in range(0, 40, 4):
+            chunk = torch.full((4, 3, 32, 32), start / 40)
+            alive.append(weakref.ref(chunk))
+            most = max(most, sum(reference() is not None for reference in alive))
+            yield chunk
+            del chunk
+
+    target = Target(Request(0, "a dot", 0), tmp_path, "v", ("mp4", "gif", "frames", "sheet"))
+    write_pixels(target, decoder(), 8)
+    assert len(alive) == 10 and most <= 2  # the new one, and the loop's hold on the one before
+    assert len(list((tmp_path / "v").iterdir())) == 40

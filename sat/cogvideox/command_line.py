@@ -38,7 +38,7 @@ def parse(
     """(arguments, YAML files, overrides). Overrides may stand anywhere, with or without leading dashes."""
     arguments, unknown = parser.parse_known_args(argv)
     overrides = list(arguments.overrides)
-    for name in ("base", "prompt", "lora"):
+    for name in ("base", "prompt", "lora", "output", "from_latents"):
         # Options that take several values also swallow the overrides behind them.
         values = getattr(arguments, name, None) or []
         overrides += [value for value in values if _is_override(value)]

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cogvideox import dist, environment
 from cogvideox.config import Config
+from cogvideox.sampling.outputs import write_latents
 from cogvideox.sampling.prompts import Request
-from cogvideox.sampling.run import denoise, encode, write_sample
-from cogvideox.system import Conditions, VideoDiffusion
-from cogvideox.weights import provenance
+from cogvideox.sampling.run import write_sample
+from cogvideox.sampling.targets import Target, name_of
+from cogvideox.sampling.ways_in import Prepared, Sampled, denoise, prepare
+from cogvideox.system import VideoDiffusion
 
 logger = logging.getLogger("cogvideox")
 
@@ -39,7 +40,7 @@ class Previews:
 
     def __init__(self, requests: list[Request], config: Config, run_dir: str | Path):
         self.requests, self.config, self.run_dir = requests, config, Path(run_dir)
-        self._conditions: dict[int, Conditions] = {}
+        self._conditions: dict[int, Prepared] = {}
 
     def __call__(self, system: VideoDiffusion, step: int) -> dict[str, Any] | None:
         """Every rank must call, with the system in evaluation mode. None where nothing could be rendered.
@@ -55,9 +56,9 @@ class Previews:
                 # As many passes on every rank (ZeRO-3 gathers weights in them); one too many is not written.
                 index = min(first + rank, count - 1)
                 try:
-                    latents, start = self._render(system, index)
+                    sampled, start = self._render(system, index)
                     if first + rank < count:
-                        rendered[index] = self._write(system, latents, index, step, start)
+                        rendered[index] = self._write(system, sampled, index, step, start)
                 except (RuntimeError, ValueError, OSError, FloatingPointError) as error:
                     failed[index] = str(error) or repr(error)
         gathered = dist.gather((rendered, failed))
@@ -74,43 +75,46 @@ class Previews:
             "videos": [videos[index] for index in sorted(videos)],
         }
 
-    def _render(self, system: VideoDiffusion, index: int) -> tuple[Tensor, float]:
+    def _render(self, system: VideoDiffusion, index: int) -> tuple[Sampled, float]:
         start, batch = time.perf_counter(), [self.requests[index]]
-        condition = self._conditions.get(index) or encode(system, batch)
+        condition = self._conditions.get(index) or prepare(system, batch)
         if next(system.conditioner.parameters(), None) is None:  # a trained encoder changes with every step
             self._conditions[index] = condition
         return denoise(system, batch, condition), start
 
     def _write(
-        self, system: VideoDiffusion, latents: Tensor, index: int, step: int, start: float
+        self, system: VideoDiffusion, sampled: Sampled, index: int, step: int, start: float
     ) -> dict[str, Any]:
         folder = self.run_dir / "previews" / str(step)
         config = as_trained(self.config, self.run_dir / "checkpoints" / str(step))
-        return write_preview(system, latents, self.requests[index], folder, start, config)
+        return write_preview(system, sampled, self.requests[index], folder, start, config)
 
 
 def write_preview(
-    system: VideoDiffusion, latents: Tensor, request: Request, folder: Path, start: float, config: Config
+    system: VideoDiffusion, sampled: Sampled, request: Request, folder: Path, start: float, config: Config
 ) -> dict[str, Any]:
-    """``NAME.mp4``, ``NAME.json`` and ``NAME.safetensors`` of latents (1, T, C, h, w); returns their record.
+    """``NAME.mp4``, ``NAME.json`` and ``NAME.safetensors`` of one sampled video; returns their record.
 
     config: what makes the video again.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, pixels_sha256 = write_sample(system, latents, request, folder, start, config)
-    latents = latents[0].float().cpu().contiguous()
-    temporary = path.with_suffix(".tmp")
-    stamp = provenance.stamp(prompt=request.prompt, seed=request.seed)
-    save_file({"latents": latents}, temporary, metadata=stamp)
-    temporary.replace(path.with_suffix(".safetensors"))
+    target = Target(request, folder, name_of(request))
+    written = write_sample(system, sampled, 0, target, start, config)
+    latents = final_latents(sampled)
+    write_latents(target.path("latents"), [latents], {"prompt": request.prompt, "seed": request.seed})
     return {
-        "name": path.stem,
+        "name": target.name,
         "prompt": request.prompt,
         "seed": request.seed,
         "image": str(request.image.resolve()) if request.image else None,
         "latents": summary(latents),
-        "pixels_sha256": pixels_sha256,
+        "pixels_sha256": written["pixels_sha256"],
     }
+
+
+def final_latents(sampled: Sampled) -> Tensor:
+    """(T, C, h, w) float32 of a single video, all its windows in a row."""
+    return torch.cat([segment[0] for segment in sampled.segments]).float().cpu().contiguous()
 
 
 def as_trained(config: Config, checkpoint: str | Path) -> Config:

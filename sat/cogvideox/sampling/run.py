@@ -1,154 +1,176 @@
-"""Make the videos of a list of requests: batches of one rank, progress, mp4 files with sidecars."""
+"""Make the videos of a list of targets: batches of one rank, progress, files with sidecars."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import logging
-import os
-import re
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 from cogvideox import environment
 from cogvideox.config import Config
-from cogvideox.data.transforms import crop, resize_to_cover
-from cogvideox.sampling.prompts import Request
-from cogvideox.sampling.video_io import to_uint8, write_video
-from cogvideox.system import Conditions, VideoDiffusion
-
-logger = logging.getLogger("cogvideox")
+from cogvideox.sampling import sidecar, ways_in
+from cogvideox.sampling.out_of_memory import OutOfMemory, advice, is_out_of_memory
+from cogvideox.sampling.outputs import write_latents, write_pixels
+from cogvideox.sampling.progress import Stages
+from cogvideox.sampling.step_pictures import step_pictures
+from cogvideox.sampling.targets import Target
+from cogvideox.sampling.ways_in import Sampled
+from cogvideox.system import VideoDiffusion
 
 
 def sample_all(
-    system: VideoDiffusion, requests: list[Request], output_dir: Path, *, rank: int = 0, world_size: int = 1
-) -> list[Path]:
-    """Sample this rank's share of ``requests`` and write ``{index:04d}-{slug}.mp4`` and ``.json`` for each.
+    system: VideoDiffusion,
+    targets: Sequence[Target],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    keep_text_encoder: bool = False,
+) -> list[Target]:
+    """Make this rank's share of ``targets``; returns those. The files of a video appear together or not at all.
 
-    Returns the paths of the videos. A video and its sidecar appear together or not at all.
+    Out of memory is one ValueError that says what needs less. It and Ctrl-C leave what is finished, and the same
+    command goes on from there.
     """
     section = system.config.sample
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if not os.access(output_dir, os.W_OK):
-        raise ValueError(f"--output-dir {output_dir} is not writable")
-    batches = list(_batches(requests, section.batch_size))[rank::world_size]
-    # All prompts first: a T5-XXL is as large as the network and is not needed after them.
-    conditions = [
-        encode(system, batch)
-        for batch in tqdm(batches, desc="prompts", unit="batch", disable=rank != 0, dynamic_ncols=True)
-    ]
-    system.conditioner.release()
-    written = []
-    with tqdm(total=len(batches) * section.steps, unit="step", disable=rank != 0, dynamic_ncols=True) as bar:
-        for batch, condition in zip(batches, conditions, strict=True):
+    batches = list(_batches(targets, section.batch_size))[rank::world_size]
+    share = [target for batch in batches for target in batch]
+    stages = Stages(system.device, len(share), is_shown=rank == 0)
+    written: list[Target] = []
+    with keeping(written, share, system.config):
+        # All prompts first: a T5-XXL is as large as the network and is not needed after them.
+        prepared = []
+        with stages("prompts and pictures", len(share), "prompt") as advance:
+            for batch in batches:
+                prepared.append(ways_in.prepare(system, [target.request for target in batch]))
+                advance(len(batch))
+        if not keep_text_encoder:
+            system.conditioner.release()
+        for batch in batches:
             start = time.perf_counter()
-            bar.set_description(f"video {batch[0].index + 1}/{len(requests)}")
-            latents = denoise(system, batch, condition, callback=lambda state: bar.update())
-            for row, request in enumerate(batch):
-                path, _ = write_sample(system, latents[row : row + 1], request, output_dir, start)
-                written.append(path)
+            # Taken out of the list, so that a batch's conditions are freed with it.
+            sampled = _denoise(system, batch, prepared.pop(0), stages, f"{len(written) + 1}/{len(share)}")
+            for row, target in enumerate(batch):
+                name = f"decoding {len(written) + 1}/{len(share)}"
+                with stages(name, frames_of(system.config, target), "frame") as advance:
+                    write_sample(system, sampled, row, target, start, advance=advance)
+                written.append(target)
+            stages.finished(len(batch), time.perf_counter() - start)
     return written
 
 
-def encode(system: VideoDiffusion, batch: list[Request]) -> Conditions:
-    """What guidance steers towards and away from for these prompts and their images."""
-    section = system.config.sample
-    images = [read_image(r.image, section.height, section.width) for r in batch if r.image]
-    return system.encode_prompts([r.prompt for r in batch], torch.stack(images) if images else None)
+def _denoise(
+    system: VideoDiffusion, batch: Sequence[Target], prepared: Any, stages: Stages, number: str
+) -> Sampled:
+    every = system.config.sample.preview_every
+    picture = step_pictures(system, batch, every) if every else None
+    requests = [target.request for target in batch]
+    with stages(f"denoising {number}", ways_in.total_steps(system.config, requests), "step") as advance:
+
+        def callback(state: dict[str, Any]) -> None:
+            advance(1)
+            if picture is not None:
+                picture(state)
+
+        return ways_in.denoise(system, requests, prepared, callback)
 
 
-def denoise(
-    system: VideoDiffusion,
-    batch: list[Request],
-    condition: Conditions,
-    callback: Callable[[dict[str, Any]], None] | None = None,
-) -> Tensor:
-    """Scaled latents (B, T, C, h, w), float32, in the size and steps of the section ``sample``."""
-    section = system.config.sample
-    return system.sample_latents(
-        condition,
-        seeds=[r.seed for r in batch],
-        num_frames=section.num_frames,
-        height=section.height,
-        width=section.width,
-        steps=section.steps,
-        callback=callback,
-    )
+@contextmanager
+def keeping(written: Sequence[Target], share: Sequence[Target], config: Config) -> Iterator[None]:
+    """Say what is finished when the work is cut off by Ctrl-C or by a lack of memory."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        kept = _kept(written, share)
+        raise KeyboardInterrupt(f"interrupted: {kept}; the same command goes on with the rest") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory: {_kept(written, share)}. To go on: the same command with {advice(config)}"
+        ) from error
 
 
-def _batches(requests: list[Request], size: int) -> Iterator[list[Request]]:
-    """Runs of at most ``size`` requests that are alike in having an image or not."""
-    batch: list[Request] = []
-    for request in requests:
-        if batch and (len(batch) == size or (batch[0].image is None) != (request.image is None)):
+def _kept(written: Sequence[Target], share: Sequence[Target]) -> str:
+    where = f" in {written[0].folder}" if written else ""
+    return f"{len(written)} of {len(share)} videos are finished{where}"
+
+
+def _batches(targets: Sequence[Target], size: int) -> Iterator[list[Target]]:
+    """Runs of at most ``size`` targets whose requests have the same kinds of input."""
+    batch: list[Target] = []
+    for target in targets:
+        if batch and (len(batch) == size or batch[0].request.way != target.request.way):
             yield batch
             batch = []
-        batch.append(request)
+        batch.append(target)
     if batch:
         yield batch
 
 
-def read_image(path: Path, height: int, width: int) -> Tensor:
-    """(3, height, width) uint8, resized to cover and cropped at the centre."""
-    try:
-        pixels = np.array(Image.open(path).convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
-    frame = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    return crop(resize_to_cover(frame, (height, width)), (height, width))[0]
-
-
 def write_sample(
     system: VideoDiffusion,
-    latents: Tensor,
-    request: Request,
-    folder: Path,
+    sampled: Sampled,
+    row: int,
+    target: Target,
     start: float,
     config: Config | None = None,
-) -> tuple[Path, str]:
-    """Decode latents (1, T, C, h, w) into ``NAME.mp4`` with its sidecar ``NAME.json``.
+    advance: Callable[[int], None] = lambda count: None,
+    kept: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Decode item ``row`` into the files of ``target``, then write its sidecar; returns what that says.
 
     start: ``time.perf_counter()`` at the beginning of the work.  config: what makes this video again, where it is not
-    the system's own.  Returns the video's path and the SHA-256 of its uint8 pixels.
+    the system's own.  advance: called with the number of frames after each chunk.  kept: kind -> name of files of this
+    video that are there already.
     """
-    section = system.config.sample
-    slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:60].strip("-")
-    path = folder / f"{request.index:04d}-{slug}.mp4"
-    digest = hashlib.sha256()
-    write_video(path, hashed((chunk[0] for chunk in system.decode(latents)), digest), fps=section.fps)
-    sidecar = {
-        "prompt": request.prompt,
-        "seed": request.seed,
-        "image": str(request.image.resolve()) if request.image else None,
-        "video": path.name,
-        "num_frames": section.num_frames,
-        "height": section.height,
-        "width": section.width,
-        "fps": section.fps,
-        "steps": section.steps,
+    section, tree = system.config.sample, dataclasses.asdict(config or system.config)
+    request = sidecar.request_record(target.request)
+    size = {"num_frames": frames_of(system.config, target), "height": section.height, "width": section.width}
+    record = request | {"files": {}} | size | {"fps": section.fps, "steps": section.steps}
+    if "latents" in target.outputs:
+        known = {"sample": request | {"fingerprint": target.fingerprint}, "config": tree}
+        write_latents(target.path("latents"), [segment[row] for segment in sampled.segments], known)
+    if set(target.outputs) - {"latents"}:
+        chunks = _counted(sampled.pixels(system, row), advance)
+        record["pixels_sha256"] = write_pixels(target, chunks, section.fps)
+        record["seams"] = sampled.seams(row)
+    record |= {
+        "files": {**(kept or {}), **{kind: target.path(kind).name for kind in target.outputs}},
         "seconds": round(time.perf_counter() - start, 3),
         "device": str(system.device),
         "versions": environment.versions(),
-        "config": dataclasses.asdict(config or system.config),
+        "fingerprint": target.fingerprint,
+        "config": tree,
     }
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(sidecar, indent=1))
-    temporary.replace(path.with_suffix(".json"))
-    return path, digest.hexdigest()
+    _remove_others(target, record["files"])
+    sidecar.write(target.sidecar, record)
+    target.preview.unlink(missing_ok=True)
+    return record
 
 
-def hashed(chunks: Iterable[Tensor], digest: Any) -> Iterator[Tensor]:
-    """The chunks (f, 3, H, W) as uint8; ``digest`` (of hashlib) has seen all bytes of the video in the end."""
+def _remove_others(target: Target, files: dict[str, str]) -> None:
+    """What the name's older sidecar lists and the new one does not: it shows another video by now."""
+    older = sidecar.read_if_any(target.sidecar) or {}
+    for name in older.get("files", {}).values():
+        path = target.folder / Path(name).name
+        if name not in files.values() and path.is_dir():
+            shutil.rmtree(path)
+        elif name not in files.values():
+            path.unlink(missing_ok=True)
+
+
+def frames_of(config: Config, target: Target) -> int:
+    """Pixel frames of the result."""
+    return ways_in.num_frames(config, continued=target.request.continue_from is not None)
+
+
+def _counted(chunks: Iterable[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
     for chunk in chunks:
-        pixels = to_uint8(chunk).cpu().contiguous()
-        digest.update(pixels.numpy().tobytes())
-        yield pixels
+        yield chunk
+        advance(len(chunk))

@@ -1,19 +1,24 @@
-"""Writing videos (mp4, H.264) and contact sheets (png). A file appears under its name only when it is complete."""
+"""Writing videos (mp4 in H.264, gif, png frames) and contact sheets. A file appears only when it is complete.
+
+The writers are context managers that give ``write(chunk)``, chunk (f, 3, H, W) uint8: several of them can be fed from
+one decoder's stream, which is never held whole.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import GifImagePlugin, Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from cogvideox.sampling.complete import complete_or_absent
 
 logger = logging.getLogger(__name__)
 
@@ -21,16 +26,7 @@ logger = logging.getLogger(__name__)
 _ENCODERS = ("libx264", "libopenh264", "h264_videotoolbox", "mpeg4")
 
 
-@contextmanager
-def _complete_or_absent(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` (same suffix), renamed to it at the end, removed after an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+Write = Callable[[Tensor], None]
 
 
 def to_uint8(video: Tensor) -> Tensor:
@@ -73,15 +69,22 @@ def write_video(
     crf: 0 is the best, 51 the worst.
     Errors leave no file, and an older file of that name as it was.
     """
+    chunks = [video] if isinstance(video, Tensor | np.ndarray) else video
+    with mp4_writer(path, fps, crf) as write:
+        for chunk in chunks:
+            write(to_uint8(torch.as_tensor(chunk)))
+
+
+@contextmanager
+def mp4_writer(path: str | Path, fps: float, crf: int = 17) -> Iterator[Write]:
+    """Each chunk is encoded as it comes; see ``write_video``."""
     import av
 
-    if not fps > 0:
-        raise ValueError(f"fps={fps}: expected a number above 0")
+    _check_rate(fps)
     path = Path(path)
-    chunks = [video] if isinstance(video, Tensor | np.ndarray) else video
     encoder = _choose_encoder()
     with (
-        _complete_or_absent(path) as partial,
+        complete_or_absent(path) as partial,
         av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container,
     ):
         stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(10_000))
@@ -89,28 +92,122 @@ def write_video(
         # x264's macroblock tree gives other bytes from run to run for some sizes (48x64, 480x720: 1 in 5 files).
         stream.options = {"crf": str(crf), "mbtree": "0"} if encoder == "libx264" else {}
         size = None
-        for chunk in chunks:
-            chunk = to_uint8(torch.as_tensor(chunk))
-            found = _check_chunk(chunk, size)
+
+        def write(chunk: Tensor) -> None:
+            nonlocal size
+            found = _check_chunk(chunk, size, even=True)
             if size is None:
                 size = stream.height, stream.width = found
-            for picture in chunk.permute(0, 2, 3, 1).contiguous().cpu().numpy():
+            for picture in _pictures(chunk):
                 for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
                     container.mux(packet)
-        if size is None:
-            raise ValueError(f"{path}: the video has no frames")
+
+        yield write
+        _check_not_empty(path, size)
         for packet in stream.encode():
             container.mux(packet)
 
 
-def _check_chunk(chunk: Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
+@contextmanager
+def gif_writer(path: str | Path, fps: float) -> Iterator[Write]:
+    """An endless gif, 256 colours per frame. Pillow's own ``save_all`` holds every frame until the end; this does not.
+
+    A gif counts hundredths of a second: frames last so many that the k-th begins at k / fps, rounded.
+    """
+    _check_rate(fps)
+    path, size, count = Path(path), None, 0
+    with complete_or_absent(path) as partial, open(partial, "wb") as file:
+
+        def write(chunk: Tensor) -> None:
+            nonlocal size, count
+            size = _check_chunk(chunk, size)
+            for picture in _pictures(chunk):
+                colours = Image.fromarray(picture).quantize(256)
+                # Dithered to its own colours: without it, skies and walls show bands.
+                image = Image.fromarray(picture).quantize(palette=colours, dither=Image.Dither.FLOYDSTEINBERG)
+                if count == 0:
+                    header, _ = GifImagePlugin.getheader(image.copy(), info={"loop": 0})
+                    file.write(b"".join(header))
+                hundredths = round((count + 1) * 100 / fps) - round(count * 100 / fps)
+                data = GifImagePlugin.getdata(image, duration=hundredths * 10, include_color_table=True)
+                file.write(b"".join(data))
+                count += 1
+
+        yield write
+        _check_not_empty(path, size)
+        file.write(b";")
+
+
+@contextmanager
+def frames_writer(folder: str | Path) -> Iterator[Write]:
+    """``0000.png``, ``0001.png``, ... in ``folder``, which appears when all are there."""
+    folder, size, count = Path(folder), None, 0
+    with complete_or_absent(folder) as partial:
+        partial.mkdir()
+
+        def write(chunk: Tensor) -> None:
+            nonlocal size, count
+            size = _check_chunk(chunk, size)
+            for picture in _pictures(chunk):
+                Image.fromarray(picture).save(partial / f"{count:04d}.png")
+                count += 1
+
+        yield write
+        _check_not_empty(folder, size)
+
+
+@contextmanager
+def sheet_writer(path: str | Path, label: str, cell_height: int = 120) -> Iterator[Write]:
+    """A contact sheet of one video. Only small pictures of its frames are held."""
+    small, size = [], None
+
+    def write(chunk: Tensor) -> None:
+        nonlocal size
+        size = _check_chunk(chunk, size)
+        for picture in _pictures(chunk):
+            cell = _cell(Image.fromarray(picture), min(cell_height, size[0]))
+            small.append(torch.from_numpy(np.array(cell)).permute(2, 0, 1))
+
+    yield write
+    _check_not_empty(path, size)
+    write_contact_sheet(path, [(label, torch.stack(small))], cell_height=cell_height)
+
+
+def join_sheets(path: str | Path, sheets: Sequence[Path]) -> None:
+    """The contact sheets of several videos, one below the other, as one png."""
+    images = [Image.open(sheet).convert("RGB") for sheet in sheets]
+    joined = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
+    top = 0
+    for image in images:
+        joined.paste(image, (0, top))
+        top += image.height
+    with complete_or_absent(Path(path)) as partial:
+        joined.save(partial, format="PNG")
+
+
+def _pictures(chunk: Tensor) -> np.ndarray:
+    """(f, 3, H, W) uint8 -> (f, H, W, 3)."""
+    return chunk.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _check_rate(fps: float) -> None:
+    if not fps > 0:
+        raise ValueError(f"fps={fps}: expected a number above 0")
+
+
+def _check_not_empty(path: str | Path, size: tuple[int, int] | None) -> None:
+    if size is None:
+        raise ValueError(f"{path}: the video has no frames")
+
+
+def _check_chunk(chunk: Tensor, size: tuple[int, int] | None, even: bool = False) -> tuple[int, int]:
     """(height, width) of a chunk of frames, after checks that name what is wrong."""
     if chunk.ndim != 4 or chunk.shape[1] != 3 or chunk.shape[0] == 0:
         raise ValueError(f"video of shape {tuple(chunk.shape)}: expected (frames, 3, height, width)")
     found = (chunk.shape[2], chunk.shape[3])
     if size is not None and found != size:
         raise ValueError(f"a chunk of {found[0]}x{found[1]} after chunks of {size[0]}x{size[1]}")
-    if found[0] % 2 or found[1] % 2:
+    if even and (found[0] % 2 or found[1] % 2):
         raise ValueError(
             f"video of {found[0]}x{found[1]} (height x width): H.264 in yuv420p needs even numbers"
         )
@@ -144,18 +241,23 @@ def write_contact_sheet(
         draw.multiline_text((gap * 2, top + 2), "\n".join(lines), fill="black", font=font, spacing=3)
         sheet.paste(strip, (label_width, top))
     path = Path(path)
-    with _complete_or_absent(path) as partial:
+    with complete_or_absent(path) as partial:
         sheet.save(partial, format="PNG")
 
 
 def _strip(video: Tensor, columns: int, cell_height: int, gap: int) -> Image.Image:
     """Frames of a uint8 (F, 3, H, W) side by side."""
     chosen = np.unique(np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int))
-    height, width = video.shape[-2:]
-    cell_width = max(1, round(width * cell_height / height))
-    strip = Image.new("RGB", (len(chosen) * (cell_width + gap) - gap, cell_height), "white")
-    filter_ = Image.Resampling.NEAREST if height < cell_height else Image.Resampling.LANCZOS
-    for column, index in enumerate(chosen):
-        picture = Image.fromarray(video[index].permute(1, 2, 0).contiguous().cpu().numpy())
-        strip.paste(picture.resize((cell_width, cell_height), filter_), (column * (cell_width + gap), 0))
+    cells = [_cell(Image.fromarray(picture), cell_height) for picture in _pictures(video[chosen])]
+    width = sum(cell.width + gap for cell in cells) - gap
+    strip = Image.new("RGB", (width, cell_height), "white")
+    for column, cell in enumerate(cells):
+        strip.paste(cell, (column * (cell.width + gap), 0))
     return strip
+
+
+def _cell(picture: Image.Image, height: int) -> Image.Image:
+    """``picture`` in a height; small ones by nearest neighbour, so that their pixels can be seen."""
+    width = max(1, round(picture.width * height / picture.height))
+    filter_ = Image.Resampling.NEAREST if picture.height < height else Image.Resampling.LANCZOS
+    return picture.resize((width, height), filter_)
