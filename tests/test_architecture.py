@@ -31,7 +31,8 @@ ALLOWED = {
         "upstream_source",
     },
     "config_text": {"config"},
-    "config": {"config_merge", "upstream_yaml"},
+    "live_memory": set(),
+    "config": {"config_merge", "diffusion", "upstream_yaml"},
     "environment": set(),
     "build": set(),
     "dist": {"environment"},
@@ -44,8 +45,22 @@ ALLOWED = {
     "plan": {"config", "config_merge"},
     "engine": {"config", "build", "dist", "environment", "weights"},
     "convert": {"model", "vae", "weights"},
-    "system": {"config", "build", "dist", "model", "conditioning", "vae", "diffusion", "weights", "data"},
-    "sampling": {"config", "environment", "dist", "system", "data", "weights"},
+    "system_sampling": set(),
+    "system_weights": {"build", "model", "weights"},
+    "system": {
+        "system_sampling",
+        "system_weights",
+        "config",
+        "build",
+        "dist",
+        "model",
+        "conditioning",
+        "vae",
+        "diffusion",
+        "weights",
+        "data",
+    },
+    "sampling": {"config", "environment", "dist", "system", "system_sampling", "data", "plan", "weights"},
     "command_line": {"config_merge", "environment"},
 }
 
@@ -61,7 +76,7 @@ DOORS = {
     "tensorboardX": {"engine/logging.py"},
     "diffusers": {"convert/verify.py"},
     "huggingface_hub": {"weights/files/hub.py"},
-    "torchao": {"sampling/memory.py"},
+    "torchao": {"sampling/quantize.py"},
 }
 
 

@@ -138,6 +138,13 @@ def test_a_caption_that_is_too_long_says_how_many_tokens_fit(text: TextCondition
     assert text.num_cut == 0
 
 
+def test_the_error_names_the_words_that_would_be_cut(text: TextCondition) -> None:
+    with pytest.raises(ValueError, match="these words would be cut: 'bouncing high'"):
+        text.encode(["a red ball bouncing high"])
+    assert text.cut_words(["ok", "a red ball bouncing high"]) == {1: "bouncing high"}
+    assert text.cut_words(["unbreakable-word"]) == {0: "unbreakable-word"}
+
+
 def test_cutting_keeps_the_end_token_and_is_counted() -> None:
     condition = tiny_text(on_long="cut")
     ids = condition.tokenize(["a" * 30, "ok", "b" * 12])
@@ -480,6 +487,20 @@ def test_the_unconditional_branch_is_zeros_or_the_encoded_empty_prompt(text: Tex
     assert torch.equal(both["tokens"], torch.cat([empty, text.encode(["x"])]))
     with pytest.raises(ValueError, match="sample.unconditional='none'"):
         conditioner.for_sampling(["a"], unconditional="none")
+
+
+def test_other_images_replace_the_channels_and_not_the_text(text: TextCondition) -> None:
+    conditioner = Conditioner([text, FirstFrameCondition()])
+    images = torch.rand(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    context = {"encode": lambda pixels: pixels, "num_latent_frames": 3}
+    first, second = (conditioner.for_sampling(["a"], images=image, **context) for image in images)
+    swapped = conditioner.with_images(first, images[1], **context)
+    for branch, expected, before in zip(swapped, second, first, strict=True):
+        assert torch.equal(branch["concat"], expected["concat"]) and branch["tokens"] is before["tokens"]
+    with pytest.raises(ValueError, match="one image per prompt"):
+        conditioner.with_images(first, images[:, 0], **context)
+    with pytest.raises(ValueError, match="has no image condition"):
+        Conditioner([text]).with_images(first, images[1], **context)
 
 
 def test_the_image_stays_in_the_unconditional_branch(text: TextCondition) -> None:

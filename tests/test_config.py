@@ -65,6 +65,14 @@ def test_a_part_may_be_written_as_its_target_alone():
     assert (config.sampler.target, config.sampler.params) == ("cogvideox.diffusion.samplers.dpmpp_2m", {})
 
 
+def test_samplers_and_guidances_have_short_names():
+    config = load_config([TINY], ["sampler=heun", "guidance=constant", "guidance.params.scale=3"])
+    assert config.sampler.target == "cogvideox.diffusion.heun.heun"
+    assert config.guidance.target == "cogvideox.diffusion.guidance.ConstantGuidance"
+    assert config.guidance.params == {"scale": 3}
+    assert load_config([TINY], ["sampler.target=unipc"]).sampler.target.endswith(".unipc")
+
+
 def test_interpolation_copies_a_value():
     config = load_config([TINY], ["sample.num_frames=${data.num_frames}", "data.num_frames=5"])
     assert config.sample.num_frames == 5
@@ -119,7 +127,8 @@ MISTAKES = {
         "sampler.target=cogvideox.diffusion.samplers.ddmi",
         "cogvideox.diffusion.samplers has no ddmi; did you mean ddim?",
     ),
-    "target without a module": ("sampler.target=ddim", "expected an importable path"),
+    "unknown short name": ("sampler=henu", "sampler=henu: did you mean heun? the known ones are ddim, "),
+    "target without a module": ("model.loss.target=mse", "expected an importable path"),
     "unknown argument of a part": ("guidance.params.scael=3", "guidance.params.scael: .*did you mean scale?"),
     "unknown argument of the dataset": (
         "data.params.skip_frame=3",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -360,6 +361,68 @@ def test_seed_prompt_negative_prompt_and_size_all_count() -> None:
     assert system.sample(PROMPTS[:1], height=16, width=48, num_frames=5).shape == (1, 5, 3, 16, 48)
 
 
+def test_a_stream_reports_each_stage_and_ends_with_the_same_video() -> None:
+    system = make_system().eval()
+    reports = list(system.sample_stream(PROMPTS[:1], seeds=[1]))
+    assert torch.equal(reports.pop()["video"], system.sample(PROMPTS[:1], seeds=[1]))
+    steps = [(r["stage"], r["step"], r["steps"]) for r in reports]
+    assert steps == [
+        *(("encode", i, 1) for i in range(2)),
+        *(("denoise", i, 3) for i in range(4)),
+        *(("decode", i, 9) for i in (0, 9)),
+    ]
+    assert [r["seconds_left"] is None for r in reports] == [r["step"] == 0 for r in reports]
+    assert all(r["seconds_left"] == 0 for r in reports if r["step"] == r["steps"])
+
+
+def test_a_stream_that_is_closed_ends_its_work() -> None:
+    system, calls, threads = make_system().eval(), [], threading.active_count()
+    predict = system.predict
+    system.predict = lambda *arguments: calls.append(1) or predict(*arguments)
+    stream = system.sample_stream(PROMPTS[:1])
+    while next(stream)["step"] < 1 or not calls:
+        pass
+    stream.close()
+    assert len(calls) == 1 and threading.active_count() == threads
+
+
+def test_an_error_in_a_stream_is_raised_where_it_is_read() -> None:
+    with pytest.raises(ValueError, match="give video="):
+        list(make_system().sample_stream(PROMPTS[:1], strength=0.5))
+
+
+def test_a_video_starts_inverts_and_keeps_from_python_too() -> None:
+    system = make_system("sample.steps=5").eval()
+    video = make_batch()["video"][:1]
+    base = system.sample(PROMPTS[:1], seeds=[1])
+    ways = [{"strength": 0.5}, {}, {"keep_frames": range(5)}, {"invert": True}]
+    ways.append({"invert": True, "source_prompts": PROMPTS[1:]})
+    results = [system.sample(PROMPTS[:1], seeds=[1], video=video, **way) for way in ways]
+    for i, result in enumerate(results):
+        assert not any(torch.equal(result, other) for other in [base, *results[:i]])
+    assert torch.equal(results[1], system.sample(PROMPTS[:1], seeds=[1], video=video, strength=0.8))
+    with pytest.raises(ValueError, match=r"strength=1\.2: expected a number from 0"):
+        system.sample(PROMPTS[:1], video=video, strength=1.2)
+    with pytest.raises(ValueError, match=r"video is \(1, 5, 3, 32, 32\): expected \(B, 9, 3, 32, 32\)"):
+        system.sample(PROMPTS[:1], video=video[:, :5], strength=0.5)
+
+
+def test_each_unconditional_branch_is_another_video() -> None:
+    """zeros, as published; empty_prompt, as diffusers; a negative prompt takes the place of either."""
+    system = make_system().eval()
+    videos = []
+    for unconditional in ("zeros", "empty_prompt"):
+        system.config.sample.unconditional = unconditional
+        videos += [system.sample(PROMPTS[:1], seeds=[1], negative_prompt=n) for n in (None, "a star")]
+    zeros, negative, empty, same_negative = videos
+    assert torch.equal(negative, same_negative)
+    assert (
+        not torch.equal(zeros, empty)
+        and not torch.equal(zeros, negative)
+        and not torch.equal(empty, negative)
+    )
+
+
 def test_image_to_video_sample_follows_its_image() -> None:
     system = make_system(base="tiny_i2v.yaml").eval()
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
@@ -373,6 +436,18 @@ def test_non_finite_weights_never_give_a_black_video() -> None:
     system.transformer.time_embed[0].weight.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="step 1 of 3"):
         system.sample(PROMPTS[:1])
+
+
+def test_a_prompt_that_is_cut_is_reported_with_the_words_that_it_loses(caplog) -> None:
+    system = make_system("model.conditions.0.params.on_long=cut")
+    with caplog.at_level(logging.WARNING, "cogvideox"):
+        for _ in range(2):  # each time, not only the first
+            caplog.clear()
+            system.check_prompts(["a short one", "a red circle moving to the right and up"])
+            assert (
+                "the prompt 'a red circle moving to the right and up' is too long; lost: 'right and up'"
+                in caplog.text
+            )
 
 
 def test_a_prompt_that_does_not_fit_says_how_many_tokens_do() -> None:

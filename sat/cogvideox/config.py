@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox.config_merge import ConfigError, Part, dump_yaml, merge_files, set_by_path, to_dataclass
+from cogvideox.diffusion.names import GUIDANCES, SAMPLERS, target_of
 
 __all__ = [
     "Config",
@@ -100,6 +101,12 @@ class VAEConfig:
     norm_groups: int = 32
     encode_frames_per_pass: int | None = None
     # None: the whole clip in one pass (SAT). 8: diffusers' batching (9 frames, then 8 by 8).
+    tile_latent_height: int | None = None
+    tile_latent_width: int | None = None
+    # Encode and decode in overlapping tiles of a frame: a quarter of the memory, slightly other pixels. In latents,
+    # multiples of 6 and 5; diffusers' tiles are 30 and 45. None: the whole height or width.
+    slice_batch: bool = False
+    # Encode and decode the clips of a batch one after the other: the memory of one clip, the same pixels.
     precision: str = "fp32"
 
     @property
@@ -237,15 +244,43 @@ class SampleConfig:
     precision: str | None = "bf16"
     # fp32, bf16, or fp16 (GPU only). None: the precision that the checkpoint of load.transformer was published in.
     negative_prompt: str | None = None
+    # What guidance moves away from, encoded; it takes the place of ``unconditional``. None: no negative prompt.
     unconditional: str = "zeros"
     # zeros: as published and trained; empty_prompt: the text encoder's output for "", as diffusers does.
     merge_lora: bool = True
     # Fold the LoRAs into the weights before sampling: faster. False keeps them beside the weights.
     image_latent_scale: str = "training"
     # 1.5-I2V image latents exist in three conventions: training 0.7 z, sat_sampling z, diffusers z / 0.7.
+    strength: float | None = None
+    # Video to video: the part of the steps that is run, 0 (the video itself) to 1 (all from noise). None: 0.8, and 1
+    # with keep_frames.
+    keep_frames: str | None = None
+    # Frames of the given video that stay, such as 0-8,40-48; the others are made to fit. None: none.
+    invert: bool = False
+    # Start from the noise that DDIM inversion finds for the given video: reconstruction, and editing.
+    total_frames: int | None = None
+    # Frames of the result where it is longer than num_frames, the window. None: one window.
+    continue_by: str | None = None
+    # What the next window is given: image (the last frame), frames (the last frames, encoded again and kept) or latents
+    # (the last latents, kept). None: image for image-to-video models, latents for the others.
+    overlap: int | None = None
+    # Latent frames that neighbouring windows share, for frames and latents. None: a quarter of the window.
+    memory: str = "fast"
+    # fast: all models stay on the device; balanced: savings that cost seconds; small: layer by layer; or "12 GiB", the
+    # fastest set that fits. None of them changes a pixel beyond rounding.
+    quantize: str | None = None
+    # The transformer's layers in eight bits, which changes the video: int8, fp8, torchao_int8, torchao_fp8.
+    quantize_report: bool = False
+    # Measure how much quantize changes the output of one forward pass of a small clip.
     prompt_file: str | None = None
     # One prompt per line, read where the command line gives no prompts. None: standard input.
     output_dir: str = "outputs/samples"
+    outputs: list[str] = field(default_factory=lambda: ["mp4"])
+    # Of mp4, gif, frames (a folder of png), latents (decoded later by --from-latents), sheet (a contact sheet).
+    gallery: bool = False
+    # Write index.html over all videos of output_dir.
+    preview_every: int | None = None
+    # Steps between pictures of the unfinished video, NAME.preview.png. None: no pictures.
 
 
 @dataclass
@@ -288,9 +323,22 @@ def config_from_dict(tree: dict[str, Any], overrides: list[str] | tuple[str, ...
     tree = copy.deepcopy(tree)
     for override in overrides:
         set_by_path(tree, override)
+    for key, known in (("sampler", SAMPLERS), ("guidance", GUIDANCES)):
+        _spell_out(tree, key, known)
     config = to_dataclass(Config, tree)
     check(config)
     return config
+
+
+def _spell_out(tree: dict[str, Any], key: str, known: dict[str, str]) -> None:
+    """``sampler=heun`` and ``sampler.target=heun`` become the full path, in place; see ``diffusion.names``."""
+    part = tree.get(key)
+    part = {"target": part} if isinstance(part, str) else part
+    if isinstance(part, dict) and isinstance(part.get("target"), str):
+        try:
+            tree[key] = {**part, "target": target_of(part["target"], known, key)}
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -86,6 +86,8 @@ def merge(base: Any, overlay: dict[str, Any], path: str = "") -> Any:
         if isinstance(result, list) and slot == len(result):
             result.append(None)
         old = result[slot] if isinstance(result, list) else result.get(slot)
+        if isinstance(old, str) and isinstance(value, dict) and value.keys() <= {"target", "params"}:
+            old = {"target": old}  # a part that was written as its target alone
         mergeable = isinstance(value, dict) and (isinstance(old, dict) or (isinstance(old, list) and value))
         result[slot] = merge(old, value, where) if mergeable else value
     return result

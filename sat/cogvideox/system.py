@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,19 +17,30 @@ from cogvideox.build import build, factory
 from cogvideox.conditioning.conditioner import Conditioner
 from cogvideox.config import Config, ConfigError, Part
 from cogvideox.data.latent_cache import LatentCache, weights_fingerprint
+from cogvideox.diffusion.constraints import KeepRegion
 from cogvideox.diffusion.denoiser import GuidedDenoiser
-from cogvideox.diffusion.samplers import noise_source
+from cogvideox.diffusion.guidance import ConstantGuidance
+from cogvideox.diffusion.inversion import ddim_invert
+from cogvideox.diffusion.partial import TailSchedule, noised_start
+from cogvideox.diffusion.samplers import ddim, noise_source
 from cogvideox.dist import RandomStreams
-from cogvideox.model.lora import attach_lora, freeze_base, inject_lora, merge_lora
+from cogvideox.model.lora import freeze_base, merge_lora
 from cogvideox.model.transformer import ExpertTransformer
+from cogvideox.system_sampling import (
+    DEFAULT_STRENGTH,
+    Progress,
+    StageReport,
+    Start,
+    as_generator,
+    in_stage,
+    kept_latents,
+)
+from cogvideox.system_weights import load_weights
 from cogvideox.vae.autoencoder import CausalVAE, posterior_mode, sample_posterior
 from cogvideox.vae.training import VAETraining, pixels_to_float
 from cogvideox.weights import load
 from cogvideox.weights.files.hub import resolve
 from cogvideox.weights.fill import LoadReport
-from cogvideox.weights.identify import WeightsInfo, identify
-from cogvideox.weights.lora import apply as apply_lora
-from cogvideox.weights.lora.file import LoraFile
 
 logger = logging.getLogger("cogvideox")
 
@@ -116,98 +125,7 @@ class VideoDiffusion(nn.Module):
 
     def load_weights(self) -> list[LoadReport]:
         """Load what ``load`` names. Errors name the file, what it holds and what was expected; see ``weights.load``."""
-        section, reports = self.config.load, []
-        infos = {}  # headers are read and compared first, heavy work comes after
-        if section.transformer:
-            infos["transformer"] = load.check_transformer(
-                self.transformer, section.transformer, ema=section.ema
-            )
-        if section.vae:
-            infos["vae"] = identify(section.vae, "vae")
-        self._check_constants(infos)
-        self._settle_precision(infos.get("transformer"))
-        loras = self._read_loras(infos.get("transformer"))
-        if section.transformer:
-            reports.append(
-                load.load_transformer(self.transformer, section.transformer, ema=section.ema, base_only=True)
-            )
-        if section.vae:
-            reports.append(load.load_vae(self.vae, section.vae, ema=section.ema))
-        if section.text_encoder:
-            for index, embedder in enumerate(self.conditioner.embedders):
-                # A pretrained folder is read by the condition itself, at its first use.
-                if getattr(embedder, "transformer", None) is not None:
-                    encoder = embedder.transformer
-                    reports.append(
-                        load.load_text_encoder(encoder, section.text_encoder, index=index, ema=section.ema)
-                    )
-        self._warn_about_random_weights()
-        return reports + self._apply_loras(loras)
-
-    def _read_loras(self, info: WeightsInfo | None) -> list[tuple[LoraFile, float]]:
-        """Those of ``load.lora`` and, first, that of a full checkpoint with LoRA in ``load.transformer``."""
-        section = self.config.load
-        sources = [(source.path, source.strength, source.alpha) for source in section.loras]
-        named = [Path(path).expanduser() for path, *_ in sources]
-        if info is not None and info.lora_rank and Path(section.transformer).expanduser() not in named:
-            sources.insert(0, (section.transformer, 1.0, None))
-        return apply_lora.read_loras(sources, self.transformer, ema=section.ema)
-
-    def _apply_loras(self, loras: list[tuple[LoraFile, float]]) -> list[LoadReport]:
-        """Without the section ``lora``: into the weights, or beside them. With it, the last one starts the adapters."""
-        section, start = self.config.lora, None
-        if section is not None and loras:
-            *loras, start = loras
-        merge = section is not None or self.config.sample is None or self.config.sample.merge_lora
-        total, reports = apply_lora.applied(loras, "merged" if merge else "kept beside the weights")
-        if merge:
-            apply_lora.add_to_network(self.transformer, total)
-        else:
-            attach_lora(self.transformer, apply_lora.adapter_matrices(total))
-        if section is not None:
-            generator = torch.Generator().manual_seed(self.config.seed)
-            inject_lora(
-                self.transformer,
-                section.rank,
-                section.alpha,
-                section.layers,
-                section.transformer_layers,
-                generator,
-            )
-        if start is not None:
-            file, strength = start
-            scale = section.alpha / section.rank
-            reports.append(apply_lora.start_adapters(self.transformer, file, strength, scale))
-        return reports
-
-    def _check_constants(self, infos: dict[str, WeightsInfo]) -> None:
-        """The latent scale and the SNR shift belong to published weights; another value trains and samples garbage."""
-        force, schedule = self.config.load.force_constants, factory(self.config.model.schedule)
-        for info in infos.values():
-            scale = self.config.vae.scale_factor
-            load.check_constant(info, "vae.scale_factor", scale, info.latent_scale, force=force)
-        shift = inspect.signature(schedule).parameters.get("snr_shift")  # its default is what params say
-        if "transformer" in infos and shift is not None:
-            info, key = infos["transformer"], "model.schedule.params.snr_shift"
-            load.check_constant(info, key, shift.default, info.snr_shift, force=force)
-
-    def _settle_precision(self, info: WeightsInfo | None) -> None:
-        """Put the checkpoint's own precision where ``sample.precision`` is null; refuse one that overflows."""
-        sample, force = self.config.sample, self.config.load.force_fp16
-        if sample is not None and sample.precision is None:
-            sample.precision = "fp32" if info is None else load.own_precision(info, "sample.precision")
-            source = "the network's random weights" if info is None else info.path
-            logger.info("sample.precision is null: %s, as %s", sample.precision, source)
-        for name in ("train", "sample") if info is not None else ():
-            section = getattr(self.config, name)
-            if section is not None:
-                load.check_precision(info, section.precision, f"{name}.precision", force=force)
-
-    def _warn_about_random_weights(self) -> None:
-        section = self.config.load
-        for name in ("transformer", "vae"):
-            if getattr(section, name) is None:
-                logger.warning("load.%s is not set: the %s starts from random weights", name, name)
+        return load_weights(self)
 
     def prepare_training(self, device: torch.device) -> None:
         """Freeze all but the adapters where ``lora`` is set; move everything to ``device``."""
@@ -218,8 +136,8 @@ class VideoDiffusion(nn.Module):
         self._place(device)
         self.train()
 
-    def prepare_sampling(self, device: torch.device) -> None:
-        """Merge LoRA if asked, cast to ``sample.precision``, move to ``device``."""
+    def prepare_sampling(self, device: torch.device, *, place: bool = True) -> None:
+        """Merge LoRA if asked, cast to ``sample.precision``, move to ``device`` (place=False: stay where they are)."""
         precision = self.config.sample.precision
         if precision == "fp16" and device.type == "cpu" and not self.config.load.force_fp16:
             raise ValueError(
@@ -229,7 +147,10 @@ class VideoDiffusion(nn.Module):
         if self.config.sample.merge_lora:
             merge_lora(self.transformer)
         self.transformer.to(DTYPES[precision])
-        self._place(device)
+        if place:
+            self._place(device)
+        else:
+            self.vae.to(DTYPES[self.config.vae.precision])
         self.eval().requires_grad_(False)
 
     def _place(self, device: torch.device) -> None:
@@ -237,11 +158,17 @@ class VideoDiffusion(nn.Module):
         self.vae.to(device, DTYPES[self.config.vae.precision])
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raise ValueError for a prompt that is empty or does not fit, before anything heavy runs."""
+        """Raise ValueError for a prompt that is empty or does not fit, before anything heavy runs.
+
+        Where ``on_long: cut`` allows a long one, its lost words are reported, each time.
+        """
         negative = self.config.sample.negative_prompt
+        prompts = list(dict.fromkeys([*prompts, negative] if negative else prompts))
         for embedder in self.conditioner.embedders:
             if hasattr(embedder, "tokenize"):
-                embedder.tokenize([*prompts, negative] if negative else list(prompts))
+                embedder.tokenize(prompts)
+                for position, words in embedder.cut_words(prompts).items():
+                    logger.warning("the prompt %r is too long; lost: %r", prompts[position][:60], words)
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -309,8 +236,10 @@ class VideoDiffusion(nn.Module):
     def with_latent_cache(self, dataset: Dataset) -> LatentCache:
         """``dataset`` with the VAE's moments in place of videos, computed once over all ranks and kept on disk."""
         section = self.config.data
+        vae = self.config.vae
+        tiles = (vae.tile_latent_height, vae.tile_latent_width)  # they change the moments
         fingerprint = weights_fingerprint(
-            self.vae.state_dict(), self.config.vae.encode_frames_per_pass, self.config.vae.precision
+            self.vae.state_dict(), vae.encode_frames_per_pass, vae.precision, *(tiles if any(tiles) else ())
         )
         cache = LatentCache(dataset, section.latent_cache, fingerprint, section.cache_in_memory_gib)
         batch_size = self.config.train.batch_size
@@ -346,32 +275,78 @@ class VideoDiffusion(nn.Module):
         *,
         seeds: Sequence[int] | None = None,
         images: Tensor | None = None,
+        video: Tensor | None = None,
+        strength: float | None = None,
+        keep_frames: Sequence[int] | None = None,
+        invert: bool = False,
+        source_prompts: Sequence[str] | None = None,
         negative_prompt: str | None = None,
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
         callback: Callable[[dict[str, Any]], None] | None = None,
+        progress: Progress | None = None,
     ) -> Tensor:
-        """Videos (B, F, 3, H, W) in [-1, 1] for B prompts.
+        """Videos (B, F, 3, H, W) in [-1, 1] for B prompts. Sizes and steps default to the section ``sample``.
 
-        seeds: one per prompt (None: 0, 1, ...); item i of a batch gets the same noise as alone. images: (B, 3, H, W),
-        uint8 or in [-1, 1], the first frames of image-to-video. Sizes and steps default to the section ``sample``.
-        callback: called after every step, see ``diffusion.samplers``.
+        seeds: one per prompt (None: 0, 1, ...); item i of a batch gets the same noise as alone.
+        images: (B, 3, H, W), uint8 or in [-1, 1], the first frames of image-to-video.
+        video: (B, F, 3, H, W), uint8 or in [-1, 1], F = num_frames: what strength, keep_frames or invert start from.
+        strength: the part of the steps that is run, 0 ... 1 (None: 0.8, and 1 with keep_frames).
+        keep_frames: frames of ``video`` that stay; ``range(n)`` continues its first n frames.
+        invert: start from the noise that DDIM inversion finds, see ``edit_latents``, with ``source_prompts``.
+        negative_prompt: None is that of the section ``sample``.
+        callback: called after every step, see ``diffusion.samplers``. progress: see ``sample_stream``.
         """
-        section = self.config.sample
-        num_frames = num_frames or section.num_frames
-        conditions = self.encode_prompts(prompts, images, negative_prompt, num_frames)
-        latents = self.sample_latents(
-            conditions,
-            seeds=list(range(len(prompts)) if seeds is None else seeds),
-            num_frames=num_frames,
-            height=height or section.height,
-            width=width or section.width,
-            steps=steps or section.steps,
-            callback=callback,
-        )
-        return torch.cat(list(self.decode(latents)), dim=1)
+        section, report = self.config.sample, StageReport(progress)
+        size = {
+            "num_frames": num_frames or section.num_frames,
+            "height": height or section.height,
+            "width": width or section.width,
+        }
+        steps = steps or section.steps
+        run = {
+            "seeds": list(range(len(prompts)) if seeds is None else seeds),
+            "steps": steps,
+            "callback": callback,
+        }
+        report.begin("encode", 1)
+        encode = partial(self.encode_prompts, images=images, num_frames=size["num_frames"])
+        conditions = encode(prompts, negative_prompt=negative_prompt)
+        latents = None if video is None else self._clip_latents(video, **size)
+        if latents is None and (strength is not None or keep_frames is not None or invert):
+            raise ValueError(
+                "strength, keep_frames and invert start from a video: give video=(B, F, 3, H, W)"
+            )
+        report.at(1)
+        if invert:
+            source = encode(source_prompts) if source_prompts else None
+            latents = self.edit_latents(conditions, latents, source=source, **run, report=report)
+        else:
+            start = keep = None
+            if keep_frames is not None:
+                ratio = self.vae.temporal_compression
+                keep = latents, kept_latents(keep_frames, size["num_frames"], ratio)
+            if latents is not None and not (strength is None and keep is not None):
+                start = Start(latents, DEFAULT_STRENGTH if strength is None else strength)
+            latents = self.sample_latents(conditions, **run, **size, start=start, keep=keep, report=report)
+        chunks, done = [], 0
+        report.begin("decode", size["num_frames"])
+        for chunk in self.decode(latents):
+            chunks.append(chunk)
+            done += chunk.shape[1]
+            report.at(done)
+        return torch.cat(chunks, dim=1)
+
+    def sample_stream(self, prompts: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
+        """``sample`` as a generator: yields its progress, and at last ``{"video": (B, F, 3, H, W)}``.
+
+        options: those of ``sample``. Progress is ``{"stage", "step", "steps", "seconds_left"}`` with the stages encode,
+        invert, denoise and decode (whose steps are frames); seconds_left is of the stage, None before its first step.
+        Closing the generator ends the work after the step at hand.
+        """
+        yield from as_generator(lambda progress: self.sample(prompts, **options, progress=progress))
 
     @torch.no_grad()
     def encode_prompts(
@@ -386,14 +361,28 @@ class VideoDiffusion(nn.Module):
         return self.conditioner.for_sampling(
             prompts,
             images=None if images is None else images.to(self.device),
-            num_latent_frames=self._padded_latents(num_frames or section.num_frames),
             negative_prompt=section.negative_prompt if negative_prompt is None else negative_prompt,
             unconditional=section.unconditional,
-            image_latent_scale=section.image_latent_scale,
-            scale_factor=self.config.vae.scale_factor,
-            encode=self.encode_pixels,
             device=self.device,
+            **self._image_context(num_frames),
         )
+
+    @torch.no_grad()
+    def with_images(
+        self, conditions: Conditions, images: Tensor, num_frames: int | None = None
+    ) -> Conditions:
+        """``conditions`` with other first frames (B, 3, H, W): the next window, without the text encoder."""
+        context = self._image_context(num_frames)
+        return self.conditioner.with_images(conditions, images.to(self.device), **context)
+
+    def _image_context(self, num_frames: int | None) -> dict[str, Any]:
+        section = self.config.sample
+        return {
+            "num_latent_frames": self._padded_latents(num_frames or section.num_frames),
+            "image_latent_scale": section.image_latent_scale,
+            "scale_factor": self.config.vae.scale_factor,
+            "encode": self.encode_pixels,
+        }
 
     @torch.no_grad()
     def sample_latents(
@@ -405,17 +394,83 @@ class VideoDiffusion(nn.Module):
         height: int,
         width: int,
         steps: int,
+        start: Start | None = None,
+        keep: tuple[Tensor, Tensor] | None = None,
         callback: Callable[[dict[str, Any]], None] | None = None,
+        report: StageReport | None = None,
     ) -> Tensor:
-        """Denoise to scaled latents (B, T, C, h, w), one item per seed."""
+        """Denoise to scaled latents (B, T, C, h, w), one item per seed.
+
+        start: video to video. None starts from pure noise.
+        keep: (known, mask), scaled latents (B, T, C, h, w) and (B or 1, T, 1, h or 1, w or 1) of 0 and 1: where it is
+        1 the result is ``known``, at every step (``diffusion.constraints.KeepRegion``; training-free, for any model).
+        """
         frames, padded = self.vae.num_latents(num_frames), self._padded_latents(num_frames)
         side = self.vae.spatial_compression
         shape = (len(seeds), padded, self.config.vae.z_channels, height // side, width // side)
         noise = noise_source(seeds, device=self.device)
-        x = noise(torch.empty(shape, device=self.device))
-        denoise = GuidedDenoiser(self.predict, self.schedule, steps, self.guidance, *conditions)
-        x0 = self.sampler(denoise, x, self.schedule, steps=steps, noise=noise, callback=callback)
-        return x0[:, padded - frames :]
+        x = drawn = noise(torch.empty(shape, device=self.device))
+        schedule = self.schedule
+        if start is not None:
+            schedule = TailSchedule(schedule, steps, start.strength)
+            steps = schedule.steps
+            x = noised_start(self._padded("start", start.latents, drawn), drawn, schedule)
+        denoise = GuidedDenoiser(self.predict, schedule, steps, self.guidance, *conditions)
+        if keep is not None:
+            known, mask = self._padded("known", keep[0], drawn), pad_front(keep[1], self.patch_t).to(x)
+            denoise = KeepRegion(denoise, schedule, known, mask, drawn, steps)
+            x = torch.where(mask == 1, known, x) if not steps else x
+        callback = in_stage("denoise", steps, callback, report)
+        if steps:
+            x = self.sampler(denoise, x, schedule, steps=steps, noise=noise, callback=callback)
+        return x[:, padded - frames :]
+
+    @torch.no_grad()
+    def edit_latents(
+        self,
+        conditions: Conditions,
+        latents: Tensor,
+        *,
+        steps: int,
+        seeds: Sequence[int],
+        source: Conditions | None = None,
+        iterations: int = 3,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+        report: StageReport | None = None,
+    ) -> Tensor:
+        """DDIM inversion of scaled latents (B, T, C, h, w) with ``source``, then DDIM with ``conditions``: the edit.
+
+        source: what the latents show (``encode_prompts``); it is inverted without guidance, which has no inverse.
+        None: ``conditions``, and the way back is without guidance too: reconstruction.
+        seeds: of nothing here, as DDIM draws nothing; taken so that all ways of sampling are called alike.
+        iterations: see ``diffusion.inversion``. The sampler is always DDIM, on the model's own schedule.
+        """
+        frames, x0 = latents.shape[1], pad_front(latents.to(self.device).float(), self.patch_t)
+        plain, guided = (
+            GuidedDenoiser(self.predict, self.schedule, steps, guidance, *both)
+            for guidance, both in ((ConstantGuidance(1.0), source or conditions), (self.guidance, conditions))
+        )
+        inner = in_stage("invert", steps, callback, report)
+        x = ddim_invert(plain, x0, self.schedule, steps=steps, iterations=iterations, callback=inner)
+        inner = in_stage("denoise", steps, callback, report)
+        x0 = ddim(plain if source is None else guided, x, self.schedule, steps=steps, callback=inner)
+        return x0[:, -frames:]
+
+    def _padded(self, name: str, latents: Tensor, like: Tensor) -> Tensor:
+        """Latents as the VAE gives them -> as the network sees them: float32, padded in front, shaped like ``like``."""
+        latents = pad_front(latents.to(like), self.patch_t)
+        if latents.shape != like.shape:
+            raise ValueError(
+                f"{name} latents are {tuple(latents.shape)} (padded), the video's {tuple(like.shape)}"
+            )
+        return latents
+
+    def _clip_latents(self, video: Tensor, num_frames: int, height: int, width: int) -> Tensor:
+        """The posterior mean of a clip (B, F, 3, H, W), scaled; it must have the size that is sampled."""
+        expected = (num_frames, 3, height, width)
+        if video.ndim != 5 or tuple(video.shape[1:]) != expected:
+            raise ValueError(f"video is {tuple(video.shape)}: expected (B, {', '.join(map(str, expected))})")
+        return self.encode_pixels(video)
 
 
 class VAESystem(VAETraining):

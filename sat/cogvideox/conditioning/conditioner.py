@@ -93,6 +93,35 @@ class Conditioner(nn.Module):
             raise ValueError("an image is given, but the model has no image condition (model.conditions)")
         return conditional, self.unconditional(conditional, unconditional, negative_prompt)
 
+    def with_images(
+        self,
+        conditions: tuple[dict[str, Tensor], dict[str, Tensor]],
+        images: Tensor,
+        *,
+        encode: Encode,
+        **context: Any,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(conditional, unconditional) of ``for_sampling`` with the channels of other images; the text is not encoded.
+
+        images: (B, 3, H, W).  Only the conditions that name ``encode``, those of pictures, are run again.
+        """
+        context |= {"encode": encode, "rng": None}
+        drop = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        parts = []
+        for embedder in self.embedders:
+            named = _named_by(embedder, context)
+            if "encode" in named:
+                parts.append(embedder({"image": images}, drop, **named)["concat"])
+        if not parts:
+            raise ValueError("an image is given, but the model has no image condition (model.conditions)")
+        concat = torch.cat(parts, dim=JOINED_ALONG["concat"][1])
+        if concat.shape != conditions[0]["concat"].shape:
+            raise ValueError(
+                f"the images' channels are {tuple(concat.shape)}, those of the prompts "
+                f"{tuple(conditions[0]['concat'].shape)}: one image per prompt, in the size of the video"
+            )
+        return tuple({**branch, "concat": concat} for branch in conditions)
+
     def unconditional(
         self,
         like: dict[str, Tensor],

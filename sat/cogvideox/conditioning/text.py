@@ -145,20 +145,38 @@ class TextCondition(nn.Module):
     def _fit(self, ids: list[int], caption: str) -> list[int]:
         if len(ids) <= self.max_length:
             return ids
+        lost = self._words_cut(caption)
         if self.on_long == "error":
             raise ValueError(
-                f"a caption has {len(ids)} tokens, {self.max_length} fit: shorten it, or set on_long: cut "
-                f"(it begins {caption[:60]!r})"
+                f"a caption has {len(ids)} tokens, {self.max_length} fit: these words would be cut: {lost!r}. Shorten "
+                f"it, or set on_long: cut (it begins {caption[:60]!r})"
             )
         self.num_cut += 1
         if str(self.num_cut).rstrip("0") == "1":  # the 1st, 10th, 100th ...: seen, and not in every step
             logger.warning(
-                "%d captions cut to %d tokens so far; this one began %r",
+                "%d captions cut to %d tokens so far; this one began %r and lost %r",
                 self.num_cut,
                 self.max_length,
                 caption[:60],
+                lost,
             )
         return ids[: self.max_length - 1] + ids[-1:]  # the last token ends the sequence
+
+    def cut_words(self, captions: Sequence[str]) -> dict[int, str]:
+        """Position -> the words that do not fit, for the captions that are too long (whatever ``on_long`` says)."""
+        rows = self._load_tokenizer()(list(captions), padding=False, verbose=False)["input_ids"]
+        long = [i for i, ids in enumerate(rows) if len(ids) > self.max_length]
+        return {i: self._words_cut(captions[i]) for i in long}
+
+    def _words_cut(self, caption: str) -> str:
+        """The words of a caption that is too long from the first that does not fit whole."""
+        words, tokenizer = caption.split(), self._load_tokenizer()
+        fits, too_many = 0, len(words)
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            length = len(tokenizer(" ".join(words[:middle]), verbose=False)["input_ids"])
+            fits, too_many = (middle, too_many) if length <= self.max_length else (fits, middle)
+        return " ".join(words[fits:])
 
     def _build(self) -> nn.Module:
         from transformers import T5Config, T5EncoderModel
