@@ -92,7 +92,9 @@ def test_diffusers_eps_of_the_final_norm_is_shown_and_measured(models) -> None:
 
 def test_the_vae_agrees_at_every_block(models) -> None:
     stages = verify(*[folder / "vae" for folder in models("2b")], "vae")
-    assert first_failure(stages) is None and max(stage.max_difference for stage in stages) < 1e-5
+    # Relative where values are large: our VAE sums in another order than diffusers' (vae/decoder.py).
+    assert max(stage.max_difference / max(1.0, stage.largest) for stage in stages) < 1e-5
+    assert first_failure(stages) is None
     names = [stage.name for stage in stages]
     assert names[-2:] == ["encode: moments", "decode: video"]
     blocks = [
