@@ -46,9 +46,11 @@ ALLOWED = {
     "engine": {"config", "build", "dist", "environment", "weights"},
     "convert": {"model", "vae", "weights"},
     "system_sampling": set(),
-    "system_weights": {"build", "model", "weights"},
+    "system_text": {"build", "conditioning", "config", "weights"},
+    "system_weights": {"build", "model", "system_text", "weights"},
     "system": {
         "system_sampling",
+        "system_text",
         "system_weights",
         "config",
         "build",

@@ -147,6 +147,13 @@ def text_encoder(config: Config) -> TextEncoder | None:
     return None
 
 
+def sampling_text_encoder(config: Config) -> TextEncoder | None:
+    """That which sampling puts on its device: none with ``sample.text_features`` or ``sample.text_encoder_device``."""
+    sample = config.sample
+    is_elsewhere = sample is not None and (sample.text_features or sample.text_encoder_device)
+    return None if is_elsewhere else text_encoder(config)
+
+
 # ------------------------------------------------------------------------------------------- tokens and operations
 
 
@@ -245,7 +252,11 @@ def training_memory(config: Config, world_size: int) -> dict[str, float]:
 def sampling_memory(config: Config) -> dict[str, float]:
     """Bytes per GPU by kind while sampling; the text encoder is freed once the prompts are encoded."""
     sample, vae = config.sample, config.vae
-    size, clip, text = BYTES[sample.precision or "bf16"], clip_of(config, sample), text_encoder(config)
+    size, clip, text = (
+        BYTES[sample.precision or "bf16"],
+        clip_of(config, sample),
+        sampling_text_encoder(config),
+    )
     width = config.model.transformer.hidden_size
     frames = min(sample.num_frames, 2 * vae.temporal_compression + 1)
     return {

@@ -11,6 +11,7 @@ import torch
 
 from cogvideox.build import factory
 from cogvideox.model.lora import attach_lora, inject_lora
+from cogvideox.system_text import load_text_encoders
 from cogvideox.weights import load
 from cogvideox.weights.fill import LoadReport
 from cogvideox.weights.identify import WeightsInfo, identify
@@ -42,14 +43,7 @@ def load_weights(system: System) -> list[LoadReport]:
         )
     if section.vae:
         reports.append(load.load_vae(system.vae, section.vae, ema=section.ema))
-    if section.text_encoder:
-        for index, embedder in enumerate(system.conditioner.embedders):
-            # A pretrained folder is read by the condition itself, at its first use.
-            if getattr(embedder, "transformer", None) is not None:
-                encoder = embedder.transformer
-                reports.append(
-                    load.load_text_encoder(encoder, section.text_encoder, index=index, ema=section.ema)
-                )
+    reports += load_text_encoders(system.conditioner.embedders, section)
     _warn_about_random_weights(system)
     return reports + _apply_loras(system, loras)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from cogvideox.conditioning.features import TextFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ class TextCondition(nn.Module):
     dtype: of the weights: fp32, bf16 or fp16.
     on_long: what happens to a caption of more than max_length tokens: "error", or "cut" and count it in ``num_cut``.
     allow_empty: whether a blank caption is data. False: it is an error, as it is mostly a lost label.
+    features: encoded captions, which are looked up: no encoder and no tokenizer is ever built.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class TextCondition(nn.Module):
         on_long: str = "error",
         allow_empty: bool = False,
         init_seed: int = 0,
+        features: TextFeatures | None = None,
     ):
         super().__init__()
         if max_length < 1:
@@ -63,17 +68,20 @@ class TextCondition(nn.Module):
             )
         if config is not None and tokenizer is None:
             raise ValueError('text condition: config needs a tokenizer too, such as tokenizer: "byt5"')
-        if trainable and model is None and config is None:
+        if trainable and model is None and config is None and features is None:
             raise ValueError(
                 "text condition trainable=True: set model (a pretrained folder) or config (random weights)"
             )
         self.max_length, self.dropout, self.trainable = max_length, dropout, trainable
         self.on_long, self.allow_empty, self.num_cut = on_long, allow_empty, 0
         self._model, self._config, self._tokenizer_name = model, config, tokenizer
-        self._dtype, self._init_seed = DTYPES[dtype], init_seed
+        self._dtype, self._dtype_name, self._init_seed = DTYPES[dtype], dtype, init_seed
+        self.features, self._device = features, None
         self._tokenizer = None
         self.transformer: nn.Module | None = None
-        if trainable:
+        if features is not None:
+            self._check_features(features)
+        elif trainable:
             self.transformer = self._build().train().requires_grad_(True)
         elif config is not None:
             self._hold_frozen(self._build())
@@ -88,7 +96,11 @@ class TextCondition(nn.Module):
         self, captions: Sequence[str], device: torch.device | str = "cpu", *, allow_empty: bool | None = None
     ) -> Tensor:
         """Captions -> (B, max_length, D).  Raises ValueError for a caption that is too long or empty."""
-        return self.encode_ids(self.tokenize(captions, allow_empty=allow_empty).to(device))
+        if self.features is not None:
+            self._check_captions(captions, allow_empty)
+            return self.features.encode(captions).to(device)
+        ids = self.tokenize(captions, allow_empty=allow_empty)
+        return self.encode_ids(ids.to(self._device or device)).to(device)
 
     def encode_ids(self, ids: Tensor) -> Tensor:
         """Padded token ids (B, L) int64 -> the encoder's last hidden state (B, L, D)."""
@@ -101,14 +113,7 @@ class TextCondition(nn.Module):
 
     def tokenize(self, captions: Sequence[str], *, allow_empty: bool | None = None) -> Tensor:
         """Captions -> ids (B, max_length) int64 on the CPU: tokens, the end-of-sequence token, padding."""
-        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
-            raise ValueError(f"captions: expected a list of strings, found {captions!r:.80}")
-        if not (self.allow_empty if allow_empty is None else allow_empty):
-            empty = [i for i, caption in enumerate(captions) if not caption.strip()]
-            if empty:
-                raise ValueError(
-                    f"the caption at position {empty[0]} is empty; allow_empty: true takes it as it is"
-                )
+        self._check_captions(captions, allow_empty)
         tokenizer = self._load_tokenizer()
         rows = tokenizer(list(captions), add_special_tokens=True, padding=False, verbose=False)["input_ids"]
         rows = [self._fit(ids, caption) for ids, caption in zip(rows, captions, strict=True)]
@@ -135,6 +140,52 @@ class TextCondition(nn.Module):
         """Free the memory of a pretrained frozen encoder, once all captions are encoded; it is read again if needed."""
         if not self.trainable and self._model is not None:
             self._hold_frozen(None)
+
+    def stay_on(self, device: torch.device) -> None:
+        """Freeze the encoder and run it on ``device`` from now on, wherever its tokens are wanted."""
+        encoder = self._modules.pop("transformer", None) or self.transformer
+        self._hold_frozen(encoder if encoder is None else encoder.to(device))
+        self._device = device
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether nothing of it is ever to be put on the network's device: ``features``, or ``stay_on``."""
+        return self.features is not None or self._device is not None
+
+    @property
+    def folder(self) -> str | None:
+        """``model``: the pretrained encoder."""
+        return self._model
+
+    def identity(self) -> dict[str, str]:
+        """What the settings say of the encoder, weights apart: ``dtype``, and the SHA-256 of its ``config``."""
+        settings = self._encoder_config if self._config is None else [self._config, self._init_seed]
+        config = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return {"config": config, "dtype": self._dtype_name}
+
+    def _check_features(self, features: TextFeatures) -> None:
+        """As far as it is known without the encoder: of one in a folder, which need not be there, only its dtype."""
+        if features.max_length != self.max_length:
+            raise ValueError(
+                f"{features.path} holds text of {features.max_length} tokens, max_length={self.max_length}"
+            )
+        known = {"dtype": self._dtype_name} if self._config is None else self.identity()
+        for name, value in known.items():
+            if features.encoder.get(name) != value:
+                raise ValueError(
+                    f"{features.path} is of another text encoder than model.conditions says: its {name} is "
+                    f"{features.encoder.get(name)}, expected {value}; encode the prompts with this configuration"
+                )
+
+    def _check_captions(self, captions: Sequence[str], allow_empty: bool | None) -> None:
+        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"captions: expected a list of strings, found {captions!r:.80}")
+        if not (self.allow_empty if allow_empty is None else allow_empty):
+            empty = [i for i, caption in enumerate(captions) if not caption.strip()]
+            if empty:
+                raise ValueError(
+                    f"the caption at position {empty[0]} is empty; allow_empty: true takes it as it is"
+                )
 
     def _hold_frozen(self, transformer: nn.Module | None) -> None:
         if transformer is not None:

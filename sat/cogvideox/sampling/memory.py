@@ -133,7 +133,8 @@ def _place_vae(vae: nn.Module, savings: Savings, turns: Turns, device: torch.dev
 
 def _place_condition(embedder: nn.Module, savings: Savings, turns: Turns, device: torch.device) -> None:
     """A text encoder may be read only at its first use, and again after a release: each time it is placed anew."""
-    if not hasattr(embedder, "load") or not hasattr(embedder, "transformer"):
+    is_encoder = hasattr(embedder, "load") and hasattr(embedder, "transformer")
+    if not is_encoder or embedder.is_placed:
         embedder.to(device)
         return
     offloads: dict[int, tuple[nn.Module, LayerOffload]] = {}

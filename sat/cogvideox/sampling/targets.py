@@ -16,6 +16,7 @@ from cogvideox.config import Config, ConfigError
 from cogvideox.sampling import sidecar
 from cogvideox.sampling.prompts import FILES, Request
 from cogvideox.weights.files import hub
+from cogvideox.weights.files.headers import read_headers
 from cogvideox.weights.files.locate import locate
 from cogvideox.weights.provenance import sha256
 
@@ -24,7 +25,7 @@ OUTPUTS = {"mp4": ".mp4", "gif": ".gif", "frames": "", "latents": ".safetensors"
 
 # Keys of the section sample that change no pixel: where the files go, which, and how much memory it takes.
 WITHOUT_EFFECT = ("output_dir", "prompt_file", "batch_size", "outputs", "gallery", "preview_every", "memory",
-    "quantize_report")  # fmt: skip
+    "quantize_report", "text_encoder_device")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,18 @@ def settings_fingerprint(config: Config) -> str:
     sources = [(load.transformer, "transformer"), (load.vae, "vae"), (load.text_encoder, "text_encoder")]
     sources += [(lora.path, None) for lora in load.loras]
     tree["files"] = [_files(path, component) for path, component in sources if path]
+    if config.sample.text_features:
+        tree["files"].append(_encoder_of(Path(config.sample.text_features).expanduser()))
     return _digest(tree)
+
+
+def _encoder_of(features: Path) -> str:
+    """What identifies the encoder of text features: prompts that are added to them change no finished video."""
+    files = sorted(features.glob("[!.]*.safetensors")) if features.is_dir() else [features]
+    try:
+        return _digest(json.loads(read_headers(files[:1]).metadata["text_features"])["encoder"])
+    except (ValueError, OSError, KeyError, TypeError):
+        return str(features)  # loading it is where this becomes an error
 
 
 def _files(path: str, component: str | None) -> list[Any]:
