@@ -258,6 +258,11 @@ class SampleConfig:
     # Frames of the given video that stay, such as 0-8,40-48; the others are made to fit. None: none.
     invert: bool = False
     # Start from the noise that DDIM inversion finds for the given video: reconstruction, and editing.
+    reference_steps: float = 0.0
+    # With invert: the part of the steps, from the first, in which the edit also attends to the given video's tokens at
+    # the same timestep, so that it keeps the layout. 0: never; 1: always. These steps take half as much again.
+    reference_layers: list[int] | None = None
+    # The transformer layers in which it does, counted from 0. None: all.
     total_frames: int | None = None
     # Frames of the result where it is longer than num_frames, the window. None: one window.
     continue_by: str | None = None
@@ -268,6 +273,10 @@ class SampleConfig:
     memory: str = "fast"
     # fast: all models stay on the device; balanced: savings that cost seconds; small: layer by layer; or "12 GiB", the
     # fastest set that fits. None of them changes a pixel beyond rounding.
+    text_encoder_device: str | None = None
+    # cpu: prompts are encoded on the CPU, whatever memory says. None: on the network's device.
+    text_features: str | None = None
+    # A file, or a folder of files, that scripts/encode_prompts.py wrote: no text encoder is loaded.
     quantize: str | None = None
     # The transformer's layers in eight bits, which changes the video: int8, fp8, torchao_int8, torchao_fp8.
     quantize_report: bool = False
@@ -395,6 +404,11 @@ def check(config: Config) -> None:
     ):
         if precision not in (None, "fp32", "bf16", "fp16"):
             raise ConfigError(f"{name}={precision!r}: expected fp32, bf16 or fp16")
+    if config.sample is not None and config.sample.text_encoder_device not in (None, "cpu"):
+        raise ConfigError(
+            f"sample.text_encoder_device={config.sample.text_encoder_device!r}: expected cpu, or null for that "
+            f"of the network"
+        )
     if config.train is not None and config.train.preview_prompts:
         _check_previews(config)
     for index, part in enumerate(config.model.conditions):
@@ -457,3 +471,17 @@ def latent_frames(num_frames: int, config: Config) -> int:
     frames = (num_frames - 1) // config.vae.temporal_compression + 1
     patch_t = config.model.transformer.patch_size[0]
     return math.ceil(frames / patch_t) * patch_t
+
+
+def reference_count(part: float, steps: int) -> int:
+    """How many of ``steps`` the reference of an edit lasts: ``sample.reference_steps`` as a number of steps."""
+    if not 0 <= part <= 1:
+        raise ConfigError(
+            f"sample.reference_steps={part}: expected a part of the steps, from 0 (no reference) to 1 (all steps)"
+        )
+    if part and not round(part * steps):
+        raise ConfigError(
+            f"sample.reference_steps={part} of sample.steps={steps} is no step at all: use at least {1 / steps:.3g}, "
+            "or more steps"
+        )
+    return round(part * steps)

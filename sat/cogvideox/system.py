@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,16 +16,18 @@ from torch.utils.data import Dataset
 from cogvideox import dist
 from cogvideox.build import build, factory
 from cogvideox.conditioning.conditioner import Conditioner
-from cogvideox.config import Config, ConfigError, Part
+from cogvideox.config import Config, ConfigError, reference_count
 from cogvideox.data.latent_cache import LatentCache, weights_fingerprint
 from cogvideox.diffusion.constraints import KeepRegion
 from cogvideox.diffusion.denoiser import GuidedDenoiser
 from cogvideox.diffusion.guidance import ConstantGuidance
 from cogvideox.diffusion.inversion import ddim_invert
 from cogvideox.diffusion.partial import TailSchedule, noised_start
+from cogvideox.diffusion.reference import ReferenceTrajectory
 from cogvideox.diffusion.samplers import ddim, noise_source
 from cogvideox.dist import RandomStreams
 from cogvideox.model.lora import freeze_base, merge_lora
+from cogvideox.model.reference import ReferenceAttention
 from cogvideox.model.transformer import ExpertTransformer
 from cogvideox.system_sampling import (
     DEFAULT_STRENGTH,
@@ -35,11 +38,11 @@ from cogvideox.system_sampling import (
     in_stage,
     kept_latents,
 )
+from cogvideox.system_text import build_conditions
 from cogvideox.system_weights import load_weights
 from cogvideox.vae.autoencoder import CausalVAE, posterior_mode, sample_posterior
 from cogvideox.vae.training import VAETraining, pixels_to_float
 from cogvideox.weights import load
-from cogvideox.weights.files.hub import resolve
 from cogvideox.weights.fill import LoadReport
 
 logger = logging.getLogger("cogvideox")
@@ -101,7 +104,7 @@ class VideoDiffusion(nn.Module):
         net = build_transformer(config, skip_init=config.load.transformer is not None)
         self.patch_t = net.patch_size[0]
         self.model = nn.ModuleDict({"diffusion_model": net})
-        self.conditioner = Conditioner(build(_condition(part, config)) for part in config.model.conditions)
+        self.conditioner = Conditioner(build_conditions(config))
         self._vae = (build_vae(config).requires_grad_(False).eval(),)  # a tuple hides it from registration
         self.schedule = build(config.model.schedule)
         self.timesteps = build(config.model.timesteps)
@@ -129,6 +132,10 @@ class VideoDiffusion(nn.Module):
 
     def prepare_training(self, device: torch.device) -> None:
         """Freeze all but the adapters where ``lora`` is set; move everything to ``device``."""
+        if self.config.sample is not None and self.config.sample.text_features is not None:
+            raise ValueError(
+                "sample.text_features is for sampling, training encodes its captions: set it to null"
+            )
         if self.config.lora is not None:
             freeze_base(self.transformer)
         else:
@@ -147,6 +154,9 @@ class VideoDiffusion(nn.Module):
         if self.config.sample.merge_lora:
             merge_lora(self.transformer)
         self.transformer.to(DTYPES[precision])
+        for embedder in self.conditioner.embedders if self.config.sample.text_encoder_device else ():
+            if hasattr(embedder, "stay_on"):
+                embedder.stay_on(torch.device(self.config.sample.text_encoder_device))
         if place:
             self._place(device)
         else:
@@ -160,12 +170,16 @@ class VideoDiffusion(nn.Module):
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ValueError for a prompt that is empty or does not fit, before anything heavy runs.
 
+        With ``sample.text_features``, for a prompt, or the negative or empty one, that is not there.
         Where ``on_long: cut`` allows a long one, its lost words are reported, each time.
         """
-        negative = self.config.sample.negative_prompt
+        negative, unconditional = self.config.sample.negative_prompt, self.config.sample.unconditional
         prompts = list(dict.fromkeys([*prompts, negative] if negative else prompts))
         for embedder in self.conditioner.embedders:
-            if hasattr(embedder, "tokenize"):
+            if getattr(embedder, "features", None) is not None:
+                empty = [""] if negative is None and unconditional == "empty_prompt" else []
+                embedder.features.check([*prompts, *empty])
+            elif hasattr(embedder, "tokenize"):
                 embedder.tokenize(prompts)
                 for position, words in embedder.cut_words(prompts).items():
                     logger.warning("the prompt %r is too long; lost: %r", prompts[position][:60], words)
@@ -444,17 +458,25 @@ class VideoDiffusion(nn.Module):
         None: ``conditions``, and the way back is without guidance too: reconstruction.
         seeds: of nothing here, as DDIM draws nothing; taken so that all ways of sampling are called alike.
         iterations: see ``diffusion.inversion``. The sampler is always DDIM, on the model's own schedule.
+        ``sample.reference_steps`` gives the way back the clip's own tokens to attend to (``model.reference``).
         """
         frames, x0 = latents.shape[1], pad_front(latents.to(self.device).float(), self.patch_t)
-        plain, guided = (
-            GuidedDenoiser(self.predict, self.schedule, steps, guidance, *both)
-            for guidance, both in ((ConstantGuidance(1.0), source or conditions), (self.guidance, conditions))
-        )
-        inner = in_stage("invert", steps, callback, report)
+        source, guidance = (conditions, ConstantGuidance(1.0)) if source is None else (source, self.guidance)
+        reference = self._reference(source, steps)
+        plain = GuidedDenoiser(self.predict, self.schedule, steps, ConstantGuidance(1.0), *source)
+        inner = reference.recording(in_stage("invert", steps, callback, report))
         x = ddim_invert(plain, x0, self.schedule, steps=steps, iterations=iterations, callback=inner)
+        beside = reference.beside(self.predict)
+        denoise = GuidedDenoiser(beside, self.schedule, steps, guidance, *conditions)
         inner = in_stage("denoise", steps, callback, report)
-        x0 = ddim(plain if source is None else guided, x, self.schedule, steps=steps, callback=inner)
-        return x0[:, -frames:]
+        return ddim(denoise, x, self.schedule, steps=steps, callback=inner)[:, -frames:]
+
+    def _reference(self, source: Conditions, steps: int) -> ReferenceTrajectory:
+        """For the first ``sample.reference_steps`` of the steps of an edit; of none where that is 0."""
+        section = self.config.sample
+        count = reference_count(section.reference_steps, steps)
+        attention = ReferenceAttention(self.transformer, section.reference_layers) if count else nullcontext
+        return ReferenceTrajectory(self.schedule.timesteps(steps)[:count].tolist(), source[0], attention)
 
     def _padded(self, name: str, latents: Tensor, like: Tensor) -> Tensor:
         """Latents as the VAE gives them -> as the network sees them: float32, padded in front, shaped like ``like``."""
@@ -487,14 +509,3 @@ class VAESystem(VAETraining):
 
     def prepare_training(self, device: torch.device) -> None:
         self.to(device).train()
-
-
-def _condition(part: Part, config: Config) -> Part:
-    """A condition's part with what other sections say of it: where its weights are, and that LoRA freezes it."""
-    params = dict(part.params)
-    if params.get("model") is None and params.get("config") is None and part.target.endswith("TextCondition"):
-        path = config.load.text_encoder
-        params["model"] = path and str(resolve(path, "text_encoder"))
-    if config.lora is not None and "trainable" in params:
-        params["trainable"] = False
-    return Part(part.target, params)

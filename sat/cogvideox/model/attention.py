@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from sat.model.base_model import replacable
 from torch import Tensor, nn
 
+from cogvideox.model.reference import attend_with_reference
+
 
 @replacable
 def attention_fn(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attention_dropout=None, **_
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    attention_dropout=None,
+    *,
+    reference_items: int = 0,
+    text_length: int = 0,
+    **_,
 ) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v, over all tokens: padded text is attended, as in training.
 
     query, key, value: (B, heads, S, head_dim); attention_mask: None (full attention), or what torch's function takes.
+    reference_items: how many items of the batch are references of the others, see ``reference.ReferenceAttention``.
     Returns the shape of query. Mixins wrap it (``non_conflict``) or replace it.
     """
     # SAT's default compares the mask with a triangle on every call: a device sync and a graph break per layer.
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+    attend = partial(F.scaled_dot_product_attention, attn_mask=attention_mask)
+    if reference_items:
+        return attend_with_reference(attend, query, key, value, reference_items, text_length)
+    return attend(query, key, value)
 
 
 class SelfAttention(nn.Module):

@@ -98,11 +98,17 @@ def stage_bytes(config: Config, savings: Savings, quantize: str | None = None) -
 
 
 def activation_bytes(config: Config, savings: Savings, quantize: str | None = None) -> float:
-    """Of a guidance pair per prompt of the batch, and the cast copy of an eight-bit weight at its product."""
+    """Of a guidance pair per prompt of the batch, and the cast copy of an eight-bit weight at its product.
+
+    An edit with ``sample.reference_steps`` has the reference as a third item of the pair.
+    """
     sample, t = config.sample, config.model.transformer
-    live = LIVE_TENSORS_CHUNKED if savings.mlp_chunks else plan.NETWORK_LIVE_TENSORS
-    size = plan.BYTES[sample.precision or "bf16"]
-    tokens = 2 * sample.batch_size * plan.clip_of(config, sample).tokens
+    per_item = LIVE_TENSORS_CHUNKED if savings.mlp_chunks else plan.NETWORK_LIVE_TENSORS
+    live, size = 2 * per_item, plan.BYTES[sample.precision or "bf16"]
+    if sample.invert and sample.reference_steps:
+        # At the attention, with the pair's keys and values again, twice as long: 2 x 2 x 2 tensors of one item.
+        live = max(3 * per_item, 3 * LIVE_TENSORS_CHUNKED + 8)
+    tokens = sample.batch_size * plan.clip_of(config, sample).tokens
     cast = 4 * t.hidden_size**2 * size if quantize else 0
     return live * tokens * t.hidden_size * size + cast
 
@@ -127,7 +133,7 @@ def network_bytes(config: Config, quantize: str | None = None) -> dict[str, floa
 
 def text_bytes(config: Config) -> dict[str, float]:
     """Of the text encoder: ``whole``, ``by layers`` (embedding and two layers), ``kept`` (after the prompts, fast)."""
-    encoder = plan.text_encoder(config)
+    encoder = plan.sampling_text_encoder(config)
     if encoder is None:
         return {"whole": 0.0, "by layers": 0.0, "kept": 0.0}
     part = next(p for p in config.model.conditions if p.target.endswith(".TextCondition"))

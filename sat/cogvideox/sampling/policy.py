@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 
-from cogvideox.config import Config, ConfigError
+from cogvideox.config import Config, ConfigError, reference_count
 from cogvideox.sampling.clips import check_image, first_frames, keep_indices, last_frames
 from cogvideox.sampling.prompts import Request, takes_image
 from cogvideox.sampling.windows import plan
@@ -171,6 +171,12 @@ def _check_modes(config: Config, request: Request, where: str) -> None:
         raise ConfigError(
             "sample.invert and sample.keep_frames exclude each other: inversion starts from all frames"
         )
+    if reference_count(section.reference_steps, section.steps) and not section.invert:
+        raise ConfigError(
+            f"{where}: sample.reference_steps is for the edit of an inverted video: add --invert"
+        )
+    if section.reference_layers is not None:
+        _check_layers(config, section.reference_layers)
     if request.source_prompt is not None and not section.invert:
         raise ConfigError(f"{where}: --source-prompt says what an inverted video shows: add --invert")
     if longer and (request.video or request.last_image):
@@ -186,6 +192,16 @@ def _check_modes(config: Config, request: Request, where: str) -> None:
     if request.image and request.continue_from:
         raise ConfigError(
             f"{where}: --image and --continue-from exclude each other: the video has the first frame"
+        )
+
+
+def _check_layers(config: Config, layers: list[int]) -> None:
+    count = config.model.transformer.num_layers
+    missing = [layer for layer in layers if not 0 <= layer < count]
+    if missing or not layers:
+        found = f"layer {missing[0]} does not exist" if missing else "no layer is named"
+        raise ConfigError(
+            f"sample.reference_layers: {found}; this network has the layers 0-{count - 1} (null: all)"
         )
 
 
