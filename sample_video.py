@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvideox import environment
-from cogvideox.command_line import add_config_arguments, leave, parse, run_door
+from cogvideox.command_line import add_config_arguments, leave, parse, path_and_strength, run_door
 from cogvideox.config import Config, ConfigError, config_from_dict, load_config, to_yaml
 from cogvideox.plan import describe
 from cogvideox.sampling import interactive
@@ -217,7 +217,8 @@ def read_arguments(
             raise ConfigError(f"--size {arguments.size}: expected HEIGHTxWIDTH, such as 480x720")
         flags |= {"sample.height": match[1], "sample.width": match[2]}
     if arguments.lora:
-        flags["load.lora"] = json.dumps([lora_entry(text) for text in arguments.lora])  # JSON is YAML
+        loras = map(path_and_strength, arguments.lora)
+        flags["load.lora"] = json.dumps([{"path": p, "strength": s} for p, s in loras])  # JSON is YAML
     overrides += [f"{key}={value}" for key, value in flags.items() if value is not None]
     if arguments.sidecar:
         sidecar = read_sidecar(arguments.sidecar)
@@ -285,15 +286,6 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="go on from the end of this video or of latents (.safetensors)",
     )
-
-
-def lora_entry(text: str) -> dict[str, str | float]:
-    """``PATH`` or ``PATH:STRENGTH`` as an entry of load.lora. A tail that is no number belongs to the path."""
-    path, _, strength = text.rpartition(":")
-    try:
-        return {"path": path or text, "strength": float(strength) if path else 1.0}
-    except ValueError:
-        return {"path": text, "strength": 1.0}
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cogvideox.command_line import run_door
-from cogvideox.weights.lora.formats import FORMATS
+from cogvideox.command_line import path_and_strength, run_door
+from cogvideox.weights.lora.formats import BY_OPTION
 
 TARGETS = ("sat", "diffusers", "safetensors", "kohya", "comfyui")
-_LORA_FORMATS = {name.lower(): name for name in FORMATS} | {"safetensors": "SAT"}
+_LORA_FORMATS = BY_OPTION | {"safetensors": "SAT"}
 VERIFY_LIMIT = 200_000_000
 """Parameters of the transformer below which a conversion is verified without being asked."""
 
@@ -239,12 +239,8 @@ def _plan(
 def _with_strength(text: str) -> tuple[Path, float]:
     from cogvideox.weights.files import hub
 
-    path, _, strength = text.rpartition(":")
-    try:
-        number = float(strength)
-    except ValueError:
-        path, number = text, 1.0
-    return hub.resolve(path, "transformer"), number
+    path, strength = path_and_strength(text)
+    return hub.resolve(path, "transformer"), strength
 
 
 def _stated(arguments: argparse.Namespace, component: str) -> dict[str, Any]:

@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 
 from cogvideox.command_line import run_door
-from cogvideox.weights.lora.formats import FORMATS
-
-_FORMATS = {name.lower(): name for name in FORMATS}
+from cogvideox.weights.lora.formats import BY_OPTION
 
 
 def main(argv: list[str]) -> None:
@@ -25,7 +23,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("tuned", metavar="TUNED", help="the model after, of the same variant; any format")
     parser.add_argument("output", metavar="OUT", type=Path, help="the LoRA to write")
     parser.add_argument("--rank", type=int, required=True, help="of every layer's update")
-    parser.add_argument("--to", choices=tuple(_FORMATS), default="diffusers")
+    parser.add_argument("--to", choices=tuple(BY_OPTION), default="diffusers")
     parser.add_argument(
         "--layers",
         nargs="+",
@@ -82,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     written = write_lora(
         found.lora,
         arguments.output,
-        _FORMATS[arguments.to],
+        BY_OPTION[arguments.to],
         dtype=dtype,
         metadata=metadata,
         force=arguments.force,

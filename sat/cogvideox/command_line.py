@@ -54,6 +54,15 @@ def parse(
     return arguments, arguments.base, overrides + dashed
 
 
+def path_and_strength(text: str) -> tuple[str, float]:
+    """``PATH`` or ``PATH:STRENGTH`` of a LoRA. A tail that is no number belongs to the path; without one it is 1."""
+    path, _, strength = text.rpartition(":")
+    try:
+        return (path, float(strength)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def _is_override(text: str) -> bool:
     """``key.path=value``, not a prompt that happens to hold an equals sign."""
     return re.match(r"[a-z]\w*(\.\w+)*=", text) is not None

@@ -31,7 +31,6 @@ from cogvideox.model.position import slice_learned_table
 from cogvideox.vae.blocks import ResBlock
 from cogvideox.vae.causal_conv import CausalConv3d
 from cogvideox.weights import transformer_keys, vae_keys
-from cogvideox.weights.files.locate import locate
 from cogvideox.weights.geometry import Geometry, shapes_of, transformer_geometry, vae_geometry
 from cogvideox.weights.lora.low_rank import Lora, add_to, combine
 from cogvideox.weights.reader import WeightsReader
@@ -93,7 +92,7 @@ class _Side:
         self.shapes = shapes_of(self.reader.tensors, self.prefix)
         self.dtypes = {getattr(torch, self.reader.tensors[self.prefix + name].dtype) for name in self.shapes}
         self.round_to: torch.dtype | None = None
-        self.folder = locate(path, component).folder
+        self.folder = self.reader.source.folder
         file, self.config = self.folder / "config.json", None
         if self.naming == "diffusers" and file.is_file():
             self.config = json.loads(file.read_text())

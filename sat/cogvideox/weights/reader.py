@@ -34,7 +34,7 @@ class WeightsReader:
                 f"{headers.files[0]}: refused: its pickle asks for {', '.join(headers.foreign_globals[:3])}, which "
                 f"would run when it is opened, and weights need no such thing; use a safetensors file"
             )
-        self.path = source.path
+        self.path, self.source, self.headers = source.path, source, headers
         self.info = describe(headers, source)
         self.tensors: dict[str, TensorHeader] = dict(headers.tensors)
         self.used_ema = ema and bool(source.ema_files)

@@ -10,8 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from cogvideox.weights import provenance
-from cogvideox.weights.files.headers import read_headers
-from cogvideox.weights.files.locate import locate
 from cogvideox.weights.geometry import lora_width
 from cogvideox.weights.lora import alpha as lora_alpha
 from cogvideox.weights.lora.formats import parse
@@ -68,12 +66,11 @@ def read_lora(path: str | Path, *, alpha: float | None = None, ema: bool = True)
     no LoRA of a CogVideoX transformer (formats.py), matrices that do not belong together, and a missing alpha.
     """
     reader = WeightsReader(path, "transformer", ema=ema)
-    source = locate(path, "transformer")
+    source, headers = reader.source, reader.headers
     try:
         names = parse(reader.tensors)
         modules = {m: (reader.tensor(names.down[m]), reader.tensor(names.up[m])) for m in names.down}
         ranks = {module: _rank(module, *pair) for module, pair in modules.items()}
-        headers = read_headers(source.files)
         if alpha is not None:
             scales, alpha_source = lora_alpha.given(alpha, ranks)
         else:

@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 FORMATS = ("SAT", "diffusers", "kohya", "ComfyUI")
+BY_OPTION = {name.lower(): name for name in FORMATS}
+"""As the command line spells them."""
 
 _BLOCK = {
     "attn1.to_q": ("q", ("attention.query_key_value", 0)),
