@@ -329,10 +329,9 @@ def _verify(arguments: argparse.Namespace, sides: list[tuple[Path, Any, Path]]) 
 
 
 def _dtype(arguments: argparse.Namespace) -> Any:
-    import torch
+    from cogvideox.convert.writer import PRECISIONS
 
-    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
-    return names[arguments.dtype]
+    return PRECISIONS.get(arguments.dtype)  # None: as stored
 
 
 if __name__ == "__main__":

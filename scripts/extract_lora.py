@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from cogvideox.convert.lora import write_lora
+    from cogvideox.convert.writer import PRECISIONS
     from cogvideox.weights import provenance
 
     with torch.no_grad():
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         lora={"alpha_mode": "fold", "scale": 1.0},  # what read_lora looks for under SAT names
         **provenance.inherited(tuned.info.provenance),
     )
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
+    dtype = PRECISIONS[arguments.dtype]
     written = write_lora(
         found.lora,
         arguments.output,

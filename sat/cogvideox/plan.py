@@ -258,7 +258,6 @@ def sampling_memory(config: Config) -> dict[str, float]:
         sampling_text_encoder(config),
     )
     width = config.model.transformer.hidden_size
-    frames = min(sample.num_frames, 2 * vae.temporal_compression + 1)
     return {
         "text encoder, freed after the prompts": float(text.parameters * text.bytes_per_weight)
         if text
@@ -267,9 +266,16 @@ def sampling_memory(config: Config) -> dict[str, float]:
         "VAE": float(vae_parameters(vae) * BYTES[vae.precision]),
         # Twice the batch: the prompt and its unconditional twin.
         "activations (estimate)": 2.0 * sample.batch_size * NETWORK_LIVE_TENSORS * clip.tokens * width * size,
-        "VAE decoding, at the end (estimate)": VAE_DECODE_LIVE_TENSORS
-        * (sample.batch_size * frames * sample.height * sample.width * vae.channels * BYTES[vae.precision]),
+        "VAE decoding, at the end (estimate)": decode_bytes(config),
     }
+
+
+def decode_bytes(config: Config) -> float:
+    """Peak of decoding one batch of videos: that of a chunk of its frames."""
+    sample, vae = config.sample, config.vae
+    frames = min(sample.num_frames, 2 * vae.temporal_compression + 1)
+    pixels = sample.batch_size * frames * sample.height * sample.width
+    return VAE_DECODE_LIVE_TENSORS * (pixels * vae.channels * BYTES[vae.precision])
 
 
 def activation_bytes(config: Config) -> float:

@@ -33,6 +33,8 @@ _STORAGES = {
     torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
 }  # fmt: skip
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""``--dtype`` of the commands that write weights."""
 _ALIGNMENT = 64  # of tensors in torch's files, so that mapped ones are aligned as allocated ones are
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 

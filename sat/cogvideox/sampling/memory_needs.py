@@ -156,7 +156,7 @@ def vae_bytes(config: Config, savings: Savings) -> dict[str, float]:
     batch = 1 if savings.slice_batch else sample.batch_size
     tile = dataclasses.replace(sample, height=height, width=width, batch_size=batch)
     tile = dataclasses.replace(config, sample=tile)
-    decoding = plan.sampling_memory(tile)["VAE decoding, at the end (estimate)"]
+    decoding = plan.decode_bytes(tile)
     if (height, width) != (sample.height, sample.width):
         # All tiles of a clip are kept until they are blended, and the blended clip beside them.
         pixels = batch * sample.num_frames * sample.height * sample.width * vae.in_channels
