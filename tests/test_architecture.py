@@ -35,6 +35,7 @@ ALLOWED = {
     "config": {"config_merge", "diffusion", "upstream_yaml"},
     "environment": set(),
     "build": set(),
+    "gpus": set(),
     "dist": {"environment"},
     "diffusion": set(),
     "model": set(),
