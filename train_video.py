@@ -63,6 +63,7 @@ def train(config: Config) -> None:
     from cogvideox.engine.trainer import Trainer
     from cogvideox.engine.validation import HeldOutLoss
     from cogvideox.sampling.preview import Previews
+    from cogvideox.system_cache import with_caches
     from cogvideox.weights.sources import Sources
 
     dist.init(config.train.timeout_minutes)
@@ -77,12 +78,15 @@ def train(config: Config) -> None:
     if requests:
         if not hasattr(system, "sample_latents"):
             raise ConfigError(f"train.preview_prompts: {config.system.target} makes no videos; set it to []")
-        system.check_prompts([request.prompt for request in requests])
+    prompts = [request.prompt for request in requests]
+    if config.data.latent_cache or config.data.text_cache:
+        # Before the network's weights are there: the memory that encoding needs is free, and none of it stays.
+        sets = [train_set] if validation_set is None else [train_set, validation_set]
+        train_set, validation_set = [*with_caches(system, sets, prompts), None][:2]
+    if prompts:
+        system.check_prompts(prompts)
     system.load_weights()
     system.prepare_training(dist.device())
-    if config.data.latent_cache:
-        train_set = system.with_latent_cache(train_set)
-        validation_set = validation_set and system.with_latent_cache(validation_set)
 
     loader = ResumableLoader(
         train_set,

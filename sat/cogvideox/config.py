@@ -85,6 +85,10 @@ class ModelConfig:
     ofs: float = 2.0
     # Value of the network's ofs input, where it has one.
 
+    @property
+    def has_image_condition(self) -> bool:
+        return any("FirstFrame" in part.target for part in self.conditions)
+
 
 @dataclass
 class VAEConfig:
@@ -189,8 +193,13 @@ class DataConfig:
     # Loader processes per rank; 0 reads in the training process.
     latent_cache: str | None = None
     # Folder where each clip's latents are kept, encoded once. None: encode in every step.
+    latent_cache_precision: str | None = None
+    # Of the moments on disk: fp32, bf16 or fp16. None: vae.precision, in which they are made, so nothing is lost.
+    text_cache: str | None = None
+    # Folder where each caption's features are kept, encoded once; it may be that of latent_cache. None: the text
+    # encoder runs in every step.
     cache_in_memory_gib: float = 1.0
-    # Cached latents up to this size are also held in memory.
+    # Cached latents up to this size, and as much of text features, are also held in memory.
 
 
 @dataclass
@@ -391,16 +400,16 @@ def check(config: Config) -> None:
                 f"model.transformer.in_channels={transformer.in_channels}: with an image condition it must be "
                 f"{2 * vae.z_channels} (twice vae.z_channels)"
             )
-    if config.data is not None and config.data.latent_cache:
-        if any("FirstFrame" in part.target for part in config.model.conditions):
-            raise ConfigError(
-                "data.latent_cache cannot be used with an image condition, which adds noise to the pixels of the "
-                "first frame in every step; set data.latent_cache=null"
-            )
+    if config.data is not None and config.data.text_cache and trains_text_encoder(config):
+        raise ConfigError(
+            "data.text_cache cannot be used while the text encoder trains, as its features change in every step; set "
+            "data.text_cache=null, or trainable: false in model.conditions (the section lora freezes it too)"
+        )
     for precision, name in (
         (config.train.precision if config.train else None, "train.precision"),
         (config.sample.precision if config.sample else None, "sample.precision"),
         (vae.precision if vae else None, "vae.precision"),
+        (config.data.latent_cache_precision if config.data else None, "data.latent_cache_precision"),
     ):
         if precision not in (None, "fp32", "bf16", "fp16"):
             raise ConfigError(f"{name}={precision!r}: expected fp32, bf16 or fp16")
@@ -464,6 +473,11 @@ def _check_size(section: Any, name: str, vae: VAEConfig, transformer: Transforme
                 f"{name}.{axis}={value}: it must be a multiple of {unit} (VAE {vae.spatial_compression} x patch {p}); "
                 f"use {low} or {low + unit}"
             )
+
+
+def trains_text_encoder(config: Config) -> bool:
+    """Whether a text encoder is trained with the network. LoRA freezes it."""
+    return config.lora is None and any(part.params.get("trainable") for part in config.model.conditions)
 
 
 def latent_frames(num_frames: int, config: Config) -> int:

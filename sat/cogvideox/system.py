@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from cogvideox import dist
 from cogvideox.build import build, factory
 from cogvideox.conditioning.conditioner import Conditioner
 from cogvideox.config import Config, ConfigError, reference_count
-from cogvideox.data.latent_cache import LatentCache, weights_fingerprint
 from cogvideox.diffusion.constraints import KeepRegion
 from cogvideox.diffusion.denoiser import GuidedDenoiser
 from cogvideox.diffusion.guidance import ConstantGuidance
@@ -39,9 +36,10 @@ from cogvideox.system_sampling import (
     kept_latents,
 )
 from cogvideox.system_text import build_conditions
+from cogvideox.system_vae import DTYPES, FrozenVAE, build_vae
 from cogvideox.system_weights import load_weights
 from cogvideox.vae.autoencoder import CausalVAE, posterior_mode, sample_posterior
-from cogvideox.vae.training import VAETraining, pixels_to_float
+from cogvideox.vae.training import VAETraining
 from cogvideox.weights import load
 from cogvideox.weights.fill import LoadReport
 
@@ -49,8 +47,6 @@ logger = logging.getLogger("cogvideox")
 
 Conditions = tuple[dict[str, Tensor], dict[str, Tensor]]
 """(conditional, unconditional) inputs of the network, each with ``tokens`` and maybe ``concat``."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_transformer(
@@ -67,16 +63,6 @@ def build_transformer(
     for name in ("position", "patch_embed", "adaln", "final_layer"):
         arguments[name] = factory(arguments[name])
     return ExpertTransformer(**arguments, device=device, skip_init=skip_init)
-
-
-def build_vae(config: Config, *, device: torch.device | str | None = None) -> CausalVAE:
-    """The VAE of the section ``vae`` with random weights. Its latents are unscaled: see ``vae.scale_factor``."""
-    if config.vae is None:
-        raise ConfigError("vae is missing: add a model file such as configs/cogvideox_2b.yaml")
-    arguments = {f.name: getattr(config.vae, f.name) for f in dataclasses.fields(config.vae)}
-    del arguments["scale_factor"], arguments["precision"]
-    with torch.device(device or "cpu"):
-        return CausalVAE(**arguments)
 
 
 def pad_front(latents: Tensor, patch_t: int) -> Tensor:
@@ -105,7 +91,7 @@ class VideoDiffusion(nn.Module):
         self.patch_t = net.patch_size[0]
         self.model = nn.ModuleDict({"diffusion_model": net})
         self.conditioner = Conditioner(build_conditions(config))
-        self._vae = (build_vae(config).requires_grad_(False).eval(),)  # a tuple hides it from registration
+        self.frozen_vae = FrozenVAE(config)
         self.schedule = build(config.model.schedule)
         self.timesteps = build(config.model.timesteps)
         self.loss = build(config.model.loss)
@@ -118,7 +104,8 @@ class VideoDiffusion(nn.Module):
 
     @property
     def vae(self) -> CausalVAE:
-        return self._vae[0]
+        """On the meta device where it is late (``FrozenVAE``): for sizes then, not for encoding."""
+        return self.frozen_vae.module
 
     @property
     def device(self) -> torch.device:
@@ -153,6 +140,7 @@ class VideoDiffusion(nn.Module):
             )
         if self.config.sample.merge_lora:
             merge_lora(self.transformer)
+        self.frozen_vae.stay()
         self.transformer.to(DTYPES[precision])
         for embedder in self.conditioner.embedders if self.config.sample.text_encoder_device else ():
             if hasattr(embedder, "stay_on"):
@@ -165,7 +153,7 @@ class VideoDiffusion(nn.Module):
 
     def _place(self, device: torch.device) -> None:
         self.to(device)
-        self.vae.to(device, DTYPES[self.config.vae.precision])
+        self.frozen_vae.place(device)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ValueError for a prompt that is empty or does not fit, before anything heavy runs.
@@ -180,9 +168,12 @@ class VideoDiffusion(nn.Module):
                 empty = [""] if negative is None and unconditional == "empty_prompt" else []
                 embedder.features.check([*prompts, *empty])
             elif hasattr(embedder, "tokenize"):
-                embedder.tokenize(prompts)
-                for position, words in embedder.cut_words(prompts).items():
-                    logger.warning("the prompt %r is too long; lost: %r", prompts[position][:60], words)
+                cached = getattr(embedder, "cached", None) or ()
+                new = [prompt for prompt in prompts if prompt not in cached]
+                if new:
+                    embedder.tokenize(new)
+                    for position, words in embedder.cut_words(new).items():
+                        logger.warning("the prompt %r is too long; lost: %r", new[position][:60], words)
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -241,26 +232,9 @@ class VideoDiffusion(nn.Module):
         latents = sample_posterior(moments, generator=generator) * self.config.vae.scale_factor
         return pad_front(latents, self.patch_t)
 
-    @torch.no_grad()
     def vae_moments(self, video: Tensor) -> Tensor:
         """video (B, F, 3, H, W), uint8 or in [-1, 1] -> moments (B, T, 2C, h, w), float32, unscaled."""
-        pixels = pixels_to_float(video.to(self.device))
-        return self.vae.encode(pixels.to(DTYPES[self.config.vae.precision])).float()
-
-    def with_latent_cache(self, dataset: Dataset) -> LatentCache:
-        """``dataset`` with the VAE's moments in place of videos, computed once over all ranks and kept on disk."""
-        section = self.config.data
-        vae = self.config.vae
-        tiles = (vae.tile_latent_height, vae.tile_latent_width)  # they change the moments
-        fingerprint = weights_fingerprint(
-            self.vae.state_dict(), vae.encode_frames_per_pass, vae.precision, *(tiles if any(tiles) else ())
-        )
-        cache = LatentCache(dataset, section.latent_cache, fingerprint, section.cache_in_memory_gib)
-        batch_size = self.config.train.batch_size
-        cache.fill(self.vae_moments, dist.rank(), dist.world_size(), batch_size, show_progress=dist.is_main())
-        dist.barrier()
-        cache.load()
-        return cache
+        return self.frozen_vae.moments(video.to(self.device)).float()
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """pixels (B, F, 3, H, W) in [-1, 1] -> scaled latents (B, T, C, h, w): what image conditions are given.
@@ -277,8 +251,9 @@ class VideoDiffusion(nn.Module):
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Scaled latents (B, T, C, h, w) -> chunks of pixels (B, f, 3, H, W), float32 in [-1, 1], as they come."""
         latents = (latents / self.config.vae.scale_factor).to(DTYPES[self.config.vae.precision])
-        for chunk in self.vae.decode_stream(latents):
-            yield chunk.float().clamp_(-1.0, 1.0)
+        with self.frozen_vae.in_use() as vae:
+            for chunk in vae.decode_stream(latents):
+                yield chunk.float().clamp_(-1.0, 1.0)
 
     # ------------------------------------------------------------------------------------------------ sampling
 

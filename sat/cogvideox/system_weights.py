@@ -24,10 +24,9 @@ System = Any
 """A VideoDiffusion, which imports this file."""
 
 
-def load_weights(system: System) -> list[LoadReport]:
-    """Load what ``load`` names. Errors name the file, what it holds and what was expected; see ``weights.load``."""
-    section, reports = system.config.load, []
-    infos = {}  # headers are read and compared first, heavy work comes after
+def check_weights(system: System) -> list[tuple[LoraFile, float]]:
+    """Compare the headers of what ``load`` names with the system, and read the LoRAs; errors as of ``load_weights``."""
+    section, infos = system.config.load, {}
     if section.transformer:
         infos["transformer"] = load.check_transformer(
             system.transformer, section.transformer, ema=section.ema
@@ -36,13 +35,18 @@ def load_weights(system: System) -> list[LoadReport]:
         infos["vae"] = identify(section.vae, "vae")
     _check_constants(system, infos)
     _settle_precision(system, infos.get("transformer"))
-    loras = _read_loras(system, infos.get("transformer"))
+    return _read_loras(system, infos.get("transformer"))
+
+
+def load_weights(system: System) -> list[LoadReport]:
+    """Load what ``load`` names. Errors name the file, what it holds and what was expected; see ``weights.load``."""
+    section, reports = system.config.load, []
+    loras = check_weights(system)  # headers are compared first, heavy work comes after
     if section.transformer:
         reports.append(
             load.load_transformer(system.transformer, section.transformer, ema=section.ema, base_only=True)
         )
-    if section.vae:
-        reports.append(load.load_vae(system.vae, section.vae, ema=section.ema))
+    reports += system.frozen_vae.load()
     reports += load_text_encoders(system.conditioner.embedders, section)
     _warn_about_random_weights(system)
     return reports + _apply_loras(system, loras)
