@@ -75,7 +75,17 @@ ALLOWED = {
         "diffusion",
         "weights",
     },
-    "sampling": {"config", "environment", "dist", "system", "system_sampling", "data", "plan", "weights"},
+    "sampling": {
+        "config",
+        "environment",
+        "dist",
+        "system",
+        "system_sampling",
+        "system_vae",
+        "data",
+        "plan",
+        "weights",
+    },
     "command_line": {"config_merge", "environment"},
 }
 

@@ -229,7 +229,11 @@ def test_a_trainable_text_encoder_is_trained_except_by_lora():
 def test_cached_latents_need_no_encoding_in_the_step():
     encoding = "VAE encoding, for a moment (estimate)"
     assert encoding in memory("cogvideox_2b", "sft")
-    assert encoding not in memory("cogvideox_2b", "sft", overrides=("data.latent_cache=cache",))
+    cached = memory("cogvideox_2b", "sft", overrides=("data.latent_cache=cache", "data.text_cache=cache"))
+    assert not {encoding, "VAE, frozen", "text encoder, frozen"} & cached.keys()
+    # An image condition encodes a noised frame in every step.
+    with_image = ("data.latent_cache=cache", "data.text_cache=cache")
+    assert "VAE, frozen" in memory("cogvideox_5b_i2v", "sft", overrides=with_image)
 
 
 def test_checkpointed_activations_are_the_reference_estimate():

@@ -238,13 +238,15 @@ def training_memory(config: Config, world_size: int) -> dict[str, float]:
     }
     if config.model.transformer is None:
         return result
-    if text and not text.trained:
+    data = config.data
+    if text and not text.trained and not (data and data.text_cache):
         result["text encoder, frozen"] = float(text.parameters * text.bytes_per_weight)
-    if config.vae:
+    needs_vae = data is None or data.latent_cache is None or config.model.has_image_condition
+    if config.vae and needs_vae:
         result["VAE, frozen"] = float(vae_parameters(config.vae) * BYTES[config.vae.precision])
-    if config.data and config.vae:
+    if data and config.vae:
         result["activations (estimate)"] = activation_bytes(config)
-        if config.data.latent_cache is None:
+        if data.latent_cache is None:
             result["VAE encoding, for a moment (estimate)"] = encode_bytes(config)
     return result
 
