@@ -63,7 +63,7 @@ def train(config: Config) -> None:
     from cogvideox.engine.trainer import Trainer
     from cogvideox.engine.validation import HeldOutLoss
     from cogvideox.sampling.preview import Previews
-    from cogvideox.system_cache import with_caches
+    from cogvideox.system_cache import weights_digests, with_caches
     from cogvideox.weights.sources import Sources
 
     dist.init(config.train.timeout_minutes)
@@ -102,7 +102,7 @@ def train(config: Config) -> None:
         validate = HeldOutLoss(batches, config.seed)
 
     fingerprint = dataset_fingerprint(train_set) if dist.is_main() else None
-    sources = Sources(loaded_paths(config), Path(config.run.dir) / "sources.json")
+    sources = Sources(loaded_paths(config), Path(config.run.dir) / "sources.json", weights_digests(config))
     trainer = Trainer(
         system,
         loader,

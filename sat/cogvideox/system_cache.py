@@ -7,7 +7,7 @@ same and nothing else. The VAE and the text encoder are built and read only wher
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -256,6 +256,13 @@ class Caches:
 
 def run_ranks() -> Ranks:
     return Ranks(dist.rank(), dist.world_size(), dist.gather, dist.ticket_counter)
+
+
+def weights_digests(config: Config) -> Callable[[Iterable[Path]], str]:
+    """SHA-256 of weight files, as ``weights.provenance.sha256``: those that a cache knows are not read for it."""
+    roots = dict.fromkeys(root for root in (config.data.text_cache, config.data.latent_cache) if root)
+    folders = [Path(root).expanduser() / "digests" for root in roots]
+    return FileDigests(next(iter(folders), None), "weights", folders[1:]).of_all
 
 
 def captions_of(sets: Sequence[Dataset]) -> list[str]:

@@ -25,10 +25,11 @@ class FileDigests:
 
     folder: where ``*.jsonl`` remember them, one file per ``writer`` (a rank), appended to and read by all; None
     remembers for this process alone. A folder that cannot be written costs the next start its time, nothing else.
+    also: further such folders, which are read.
     """
 
-    def __init__(self, folder: Path | None, writer: str = "0"):
-        self.folder, self.writer = folder, writer
+    def __init__(self, folder: Path | None, writer: str = "0", also: Iterable[Path] = ()):
+        self.folder, self.writer, self._also = folder, writer, list(also)
         self.hashed_bytes = 0  # read by this process, since its start
         self._known = self._read_index()
 
@@ -58,7 +59,8 @@ class FileDigests:
 
     def _read_index(self) -> dict[str, tuple[list[int], str]]:
         known: dict[str, tuple[list[int], str]] = {}
-        for file in sorted(self.folder.glob("*.jsonl")) if self.folder is not None else ():
+        folders = [*self._also, *([] if self.folder is None else [self.folder])]
+        for file in (file for folder in folders for file in sorted(folder.glob("*.jsonl"))):
             for line in file.read_text(errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
