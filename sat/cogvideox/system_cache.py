@@ -110,6 +110,8 @@ class Caches:
             memory_limit_gib=self.config.data.cache_in_memory_gib,
             ranks=self.ranks,
         )
+        if self.ranks.is_main:
+            logger.info("data.latent_cache: looking at %d clips; each new file is read once", len(dataset))
         cache.look()
         return cache
 
@@ -247,7 +249,8 @@ class Caches:
             return
         key = f"{entries.config_key}={entries.root}"
         if not missing:
-            logger.info("%s: all %d %s are there; %s is not read", key, total, unit, _encoder_of(entries))
+            encoder = "the VAE" if entries.kind == LATENTS else "the text encoder"
+            logger.info("%s: all %d %s are there; %s is not loaded", key, total, unit, encoder)
             return
         logger.info("%s: %d of %d %s are missing and are encoded now", key, missing, total, unit)
         for other in entries.others():
@@ -303,10 +306,6 @@ def describe_other(other: OtherFolder, entries: EntryFolder) -> str:
 
 def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) else str(value)
-
-
-def _encoder_of(entries: EntryFolder) -> str:
-    return "the VAE" if entries.kind == LATENTS else "the text encoder"
 
 
 def _only_encoder(root: Path, text: TextCondition) -> tuple[dict[str, Any], dict[str, Any]]:
