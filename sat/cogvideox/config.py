@@ -224,6 +224,12 @@ class TrainConfig:
     save_every: int = 500
     validate_every: int | None = None
     validation_batches: int = 4
+    # Held-out batches of batch_size clips, and as many clips of the training set, for val/train_loss.
+    validation_timesteps: int = 8
+    # Timesteps at which each of these clips is seen, the middles of as many equal parts of the schedule; its end, where
+    # the input is pure noise, comes on top.
+    timestep_bands: int = 4
+    # Equal bands of timesteps, for train/loss_by_t and val/loss_by_t.
     preview_prompts: list[str] = field(default_factory=list)
     # One video each, in the size of the section sample, prompt i with the seed ``seed + i``; image-to-video:
     # ``prompt@@image.png``. Empty: no previews.
