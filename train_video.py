@@ -56,12 +56,12 @@ def train(config: Config) -> None:
     # torch, SAT and DeepSpeed are imported only now: a mistake in the configuration answers at once.
     from cogvideox import dist
     from cogvideox.data.fingerprint import dataset_fingerprint
-    from cogvideox.data.fixed_batches import FixedBatches
     from cogvideox.data.loader import ResumableLoader
+    from cogvideox.data.overlap import warn_of_overlap
     from cogvideox.engine.logging import get_logger
     from cogvideox.engine.optim import check_train_config
     from cogvideox.engine.trainer import Trainer
-    from cogvideox.engine.validation import HeldOutLoss
+    from cogvideox.evaluation.held_out import build_validation
     from cogvideox.sampling.preview import Previews
     from cogvideox.system_cache import weights_digests, with_caches
     from cogvideox.weights.sources import Sources
@@ -71,7 +71,13 @@ def train(config: Config) -> None:
     check_train_config(config.train, dist.device())
     requests = make_requests(config.train.preview_prompts, config.seed)
     train_set = open_data(config, config.data.path)
-    validation_set = open_data(config, config.data.validation_path) if config.data.validation_path else None
+    validation_set = None
+    if config.data.validation_path and config.train.validate_every is None:
+        logger.warning("data.validation_path is given, but train.validate_every is null: no validation")
+    elif config.data.validation_path:
+        validation_set = open_data(config, config.data.validation_path)
+        if dist.is_main():
+            warn_of_overlap(train_set, validation_set)
 
     dist.seed_everything(config.seed)
     system = build(config.system, config=config)
@@ -98,8 +104,7 @@ def train(config: Config) -> None:
     )
     validate = None
     if validation_set is not None:
-        batches = FixedBatches(validation_set, config.train.batch_size, config.train.validation_batches)
-        validate = HeldOutLoss(batches, config.seed)
+        validate = build_validation(config, system, validation_set, train_set)
 
     fingerprint = dataset_fingerprint(train_set) if dist.is_main() else None
     sources = Sources(loaded_paths(config), Path(config.run.dir) / "sources.json", weights_digests(config))

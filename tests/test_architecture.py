@@ -50,6 +50,7 @@ ALLOWED = {
     "system_sampling": set(),
     "system_text": {"build", "conditioning", "config", "weights"},
     "system_vae": {"config", "vae", "weights"},
+    "system_validation": {"diffusion"},
     "system_weights": {"build", "model", "system_text", "weights"},
     "system_cache": {
         "cache",
@@ -65,6 +66,7 @@ ALLOWED = {
         "system_sampling",
         "system_text",
         "system_vae",
+        "system_validation",
         "system_weights",
         "config",
         "build",
@@ -86,6 +88,7 @@ ALLOWED = {
         "plan",
         "weights",
     },
+    "evaluation": {"config", "dist", "data", "diffusion", "engine"},
     "command_line": {"config_merge", "environment"},
 }
 

@@ -426,6 +426,8 @@ def check(config: Config) -> None:
         )
     if config.train is not None and config.train.preview_prompts:
         _check_previews(config)
+    if config.train is not None:
+        _check_validation(config.train)
     for index, part in enumerate(config.model.conditions):
         length = part.params.get("max_length")
         if transformer is not None and length is not None and length != transformer.text_length:
@@ -433,6 +435,17 @@ def check(config: Config) -> None:
                 f"model.conditions.{index}.params.max_length={length} but model.transformer.text_length="
                 f"{transformer.text_length}: the text encoder pads to the length that the network was built for"
             )
+
+
+def _check_validation(train: TrainConfig) -> None:
+    for key in ("validation_batches", "timestep_bands"):
+        if getattr(train, key) < 1:
+            raise ConfigError(f"train.{key}={getattr(train, key)}: expected at least 1")
+    if train.validation_timesteps < train.timestep_bands:
+        raise ConfigError(
+            f"train.validation_timesteps={train.validation_timesteps}: expected at least train.timestep_bands="
+            f"{train.timestep_bands}, so that each band has one"
+        )
 
 
 def _check_previews(config: Config) -> None:

@@ -69,7 +69,8 @@ class Trainer:
     ):
         """validate(module) -> metrics and preview(module, step) -> JSON values are called on every rank, in evaluation
         mode, with the averaged weights where there are any: every ``validate_every`` and ``preview_every`` steps, and
-        at the end.
+        at the end; validate also before the first step. It may have ``state()`` -> JSON values, kept in checkpoints,
+        and ``load(state)``, called where one is resumed.
 
         facts(), called on rank 0 at each save: what else a checkpoint's record (``weights.provenance``) says of the
         run, as JSON values: ``config``, ``dataset``, ``sources`` ... The last preview is a part of that record.
@@ -130,6 +131,8 @@ class Trainer:
         with StopSignal() as stop:
             batches = self.loader.iterate(self.step * config.gradient_accumulation_steps)
             try:
+                if self.step == 0 and self._is_evaluated(last=False):
+                    log.write(0, self._evaluated())
                 while self.step < config.steps and not stopping:
                     with self.stopwatch.step():
                         self._train_step(batches)
@@ -281,6 +284,7 @@ class Trainer:
                 "samples_per_step": self.config.batch_size * self.config.gradient_accumulation_steps,
                 # A save between two logging steps: what was measured so far counts in the next line.
                 "means": dist.gather(self.means.state()),
+                "validation": getattr(self.validate, "state", lambda: None)(),
                 provenance.KEY: self._record(),
             },
         )
@@ -302,6 +306,7 @@ class Trainer:
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self.means.load(state["means"][dist.rank()], self.engine.device)
         self.previewed = state.get(provenance.KEY, {}).get("preview")
+        getattr(self.validate, "load", lambda state: None)(state.get("validation"))
         samples = self.config.batch_size * self.config.gradient_accumulation_steps
         if samples != state["samples_per_step"]:
             self.logger.warning(
