@@ -82,17 +82,13 @@ class HeldOutValidation:
         now = grid.mean(losses)
         if self._start is None and not self._is_resumed:
             self._start = now
-        metrics: dict[str, float | None] = {"val/loss": mean(now)}
-        metrics |= {f"val/loss_by_t/{band}": mean(values) for band, values in grid.by_band(losses).items()}
+        metrics: dict[str, float | None] = loss_metrics(grid, losses, "val/loss")
         if self._start is not None:
             difference = paired_difference(self._start, now)
             metrics |= {"val/delta": difference.mean, "val/delta_se": difference.standard_error}
         if self.training is not None:
-            losses = self.losses(module, self.training)
-            metrics["val/train_loss"] = mean(grid.mean(losses))
+            metrics |= loss_metrics(grid, self.losses(module, self.training), "val/train_loss")
             metrics["val/gap"] = metrics["val/loss"] - metrics["val/train_loss"]
-            by_band = grid.by_band(losses).items()
-            metrics |= {f"val/train_loss_by_t/{band}": mean(values) for band, values in by_band}
         return metrics
 
     def state(self) -> dict[str, Any]:
@@ -119,8 +115,10 @@ class HeldOutValidation:
         }
 
 
-def mean(values: np.ndarray) -> float:
-    return math.fsum(values) / len(values)
+def loss_metrics(grid: TimestepGrid, losses: np.ndarray, name: str) -> dict[str, float]:
+    """``name`` and ``name_by_t/BAND`` -> means over the clips: losses (clips, timesteps)."""
+    bands = {f"{name}_by_t/{band}": values for band, values in grid.by_band(losses).items()}
+    return {key: math.fsum(v) / len(v) for key, v in {name: grid.mean(losses), **bands}.items()}
 
 
 def build_validation(
