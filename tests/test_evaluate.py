@@ -76,8 +76,9 @@ def test_a_run_has_the_numbers_of_its_last_validation(runs: Path, tmp_path: Path
     assert evaluate("validation", runs / name, "--json", result) == 0
     [found] = json.loads(result.read_text())["checkpoints"]
     for key, value in last(runs / name).items():
-        # The same weights, clips and draws in one process: only the VAE's tensors may lie in another order in memory.
-        assert found[key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
+        # The same weights, clips and draws: kernels may add in another order where a tensor lies elsewhere in memory.
+        # abs: the gap is a small difference of losses near 1.
+        assert found[key] == pytest.approx(value, rel=1e-6, abs=1e-6), key
 
 
 def test_two_checkpoints_are_compared_clip_by_clip(

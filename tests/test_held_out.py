@@ -453,8 +453,9 @@ def test_evaluate_on_two_ranks_gives_the_last_numbers_of_the_training(
     last = values(lines(one_rank / "with")[-1])
     assert found["name"].endswith("with@2")
     for name in last.keys() - {"val/delta", "val/delta_se"}:
-        # The averaged weights are stored in float32, as they were applied: nothing is rounded on the way.
-        assert found[name] == pytest.approx(last[name], rel=1e-6, abs=1e-9), name
+        # The averaged weights are stored in float32, as they were applied; kernels may still add in another order where
+        # a tensor lies elsewhere in memory. abs: the gap is a small difference of losses near 1.
+        assert found[name] == pytest.approx(last[name], rel=1e-6, abs=1e-6), name
 
 
 def test_a_run_that_is_resumed_goes_on_comparing_with_its_beginning(

@@ -42,7 +42,10 @@ def main(argv: list[str]) -> int:
         # Odd and even ones: what two sets of nothing but real videos are apart.
         halves = [Gaussian.of(features["real"][start::2]) for start in (0, 1)]
         floor = frechet_distance(*halves)
-        print(f"two halves of the real videos ({halves[0].count} and {halves[1].count}): {floor:.6g}")
+        print(
+            f"two halves of the real videos are {floor:.6g} apart; of {halves[0].count} and {halves[1].count} videos, "
+            f"that is more by bias than two whole sets would be"
+        )
     for name, gaussian in (("real", real), ("sampled", sampled)):
         if gaussian.count < width + 1:
             print(
