@@ -145,6 +145,7 @@ def test_a_mistake_is_one_line_before_anything_is_loaded(
         ([runs / "vae.safetensors"], "name its configuration with --base"),
         ([runs / "vae.safetensors", "--base", TINY], "expected a transformer or a LoRA"),
         (["--base", TINY, "data.path=null"], "data.validation_path is missing"),
+        (["--base", CONFIGS / "tiny_vae.yaml"], "is of a VAE alone"),
     ):
         assert evaluate("validation", *arguments) == 2, arguments
         error = capsys.readouterr().err

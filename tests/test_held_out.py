@@ -35,6 +35,7 @@ from cogvideox.evaluation.timestep_grid import TimestepGrid
 from cogvideox.sampling.video_io import write_video
 from cogvideox.system import VideoDiffusion, build_vae
 from cogvideox.vae.autoencoder import split_moments
+from scripts.evaluate.__main__ import main as evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -456,6 +457,18 @@ def test_evaluate_on_two_ranks_gives_the_last_numbers_of_the_training(
         # The averaged weights are stored in float32, as they were applied; kernels may still add in another order where
         # a tensor lies elsewhere in memory. abs: the gap is a small difference of losses near 1.
         assert found[name] == pytest.approx(last[name], rel=1e-6, abs=1e-6), name
+
+
+def test_evaluate_takes_the_last_weights_where_it_is_asked_to(
+    one_rank: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "shutdown", lambda: None)
+    common = ["validation", str(one_rank / "with"), "--json", str(tmp_path / "found.json")]
+    assert run_door(evaluate, [*common, "load.ema=false"]) == 0
+    [found] = json.loads((tmp_path / "found.json").read_text())["checkpoints"]
+    averaged = lines(one_rank / "with")[-1]["val/loss"]
+    assert found["val/loss"] != pytest.approx(averaged, rel=1e-4)
+    assert "with@2, not averaged" in capsys.readouterr().out
 
 
 def test_a_run_that_is_resumed_goes_on_comparing_with_its_beginning(

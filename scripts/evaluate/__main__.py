@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("measure", choices=MEASURES, help="what to measure; MEASURE --help says more")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="what it takes")
     arguments = parser.parse_args(argv)
     measure: Any = MEASURES[arguments.measure]
     return measure.main(arguments.rest)

@@ -50,7 +50,7 @@ def subject_of(path: str | None, files: list[str], overrides: list[str]) -> Subj
     if path is None:
         if not files:
             raise ConfigError("nothing to evaluate: name a run folder or a checkpoint, or --base FILE...")
-        config = load_config(files, overrides)
+        config = _of_a_transformer(load_config(files, overrides), files[0])
         return Subject(config.load.transformer or "random weights", _as_is(config))
     checkpoint = _checkpoint(Path(path).expanduser())
     if checkpoint is None:
@@ -60,8 +60,9 @@ def subject_of(path: str | None, files: list[str], overrides: list[str]) -> Subj
     recorded = checkpoint / "config.yaml"
     if not files and not recorded.is_file():
         raise ConfigError(f"{checkpoint} holds no config.yaml: name the configuration with --base FILE...")
-    config = load_config(files or [recorded], overrides)
-    return Subject(f"{path}@{checkpoint.name}", as_trained(_with_sample(config), checkpoint))
+    config = _of_a_transformer(load_config(files or [recorded], overrides), path)
+    name = f"{path}@{checkpoint.name}" + ("" if config.load.ema else ", not averaged")
+    return Subject(name, _with_ema_of(config, as_trained(_with_sample(config), checkpoint)))
 
 
 def _checkpoint(path: Path) -> Path | None:
@@ -82,7 +83,7 @@ def _weights(path: str, files: list[str], overrides: list[str]) -> Subject:
         )
     if info.family not in ("transformer", "lora"):
         raise ConfigError(f"{path} is {info.variant}: expected a transformer or a LoRA")
-    config = load_config(files, overrides)
+    config = _of_a_transformer(load_config(files, overrides), files[0])
     name = info.family
     # A LoRA brings its own rank and scale.
     lora = None if name == "lora" else config.lora
@@ -90,10 +91,23 @@ def _weights(path: str, files: list[str], overrides: list[str]) -> Subject:
     return Subject(path, _as_is(dataclasses.replace(config, load=load, lora=lora)))
 
 
+def _of_a_transformer(config: Config, source: str) -> Config:
+    if config.model.transformer is None:
+        raise ConfigError(
+            f"{source} is of a VAE alone: expected a model that makes videos, with a transformer"
+        )
+    return config
+
+
 def _as_is(config: Config) -> Config:
     from cogvideox.sampling.preview import sampling_from
 
-    return sampling_from(_with_sample(config)) if config.train is not None else config
+    return _with_ema_of(config, sampling_from(_with_sample(config))) if config.train is not None else config
+
+
+def _with_ema_of(asked: Config, config: Config) -> Config:
+    """load.ema=false takes a run's last weights instead of the averaged ones."""
+    return dataclasses.replace(config, load=dataclasses.replace(config.load, ema=asked.load.ema))
 
 
 def _with_sample(config: Config) -> Config:
