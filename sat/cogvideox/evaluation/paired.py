@@ -25,9 +25,9 @@ def paired_difference(before: np.ndarray, after: np.ndarray) -> Difference:
     """The mean of d_i = after_i - before_i and its standard error s_d / sqrt(n), s_d with n - 1.
 
     before, after: (clips,), the same clips with the same noise, each its mean over the timesteps. The clip is the
-    independent unit: the timesteps of one clip share its content (and what the network knows of it), and counting each
-    as a sample of its own would make the error too small by up to the square root of their number. How hard a clip is,
-    and its noise, are in both terms and cancel, which is why the paired error is the smaller one.
+    independent unit. Counting its timesteps as samples of their own would take what they share, the clip's content, for
+    independent (too small an error), and how much timesteps differ for uncertainty, although they are fixed (too large
+    a one). How hard a clip is, and its noise, are in both terms and cancel: the paired error is the smaller one.
     """
     if before.shape != after.shape or before.ndim != 1:
         raise ValueError(
