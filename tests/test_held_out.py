@@ -217,21 +217,35 @@ def test_a_resumed_run_compares_with_the_step_0_of_its_beginning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "reason"),
+    ("change", "reason"),
     [
+        ({"start": None}, "it was not measured then"),
+        ({"clips": ["other", "clip 1", "clip 2", "clip 3", "clip 4"]}, "other clips than then"),
+        ({"seed": 4, "timesteps": [1, 999]}, "other timesteps and seed than then"),
         (None, "it was not measured then"),
-        (validation(count=4), "another clips than then"),
-        (validation(seed=4), "another seed than then"),
     ],
 )
-def test_a_step_0_of_other_clips_is_not_compared_with(
-    state: HeldOutValidation | None, reason: str, caplog: pytest.LogCaptureFixture
+def test_a_step_0_of_something_else_is_not_compared_with(
+    change: dict[str, Any] | None, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if state is not None:
-        state(Scaled())
-    resumed = validation()
-    resumed.load(None if state is None else state.state())
-    assert reason in caplog.text and "val/delta" not in resumed(Scaled())
+    validate, resumed = validation(), validation()
+    validate(Scaled())
+    resumed.load(None if change is None else validate.state() | change)
+    assert f"left out from here on: {reason}" in caplog.text and "val/delta" not in resumed(Scaled())
+
+
+def test_a_run_resumed_with_another_batch_size_compares_the_clips_that_are_in_both(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for before, now in ((5, 3), (3, 5)):
+        start, resumed, system = validation(before), validation(now), Scaled()
+        start(system)
+        resumed.load(start.state())
+        system.weight.data.fill_(0.5)
+        mean_t = float(GRID.mean(1 + GRID.timesteps.double().numpy()[None])[0])
+        assert resumed(system)["val/delta"] == pytest.approx(-0.5 * 2 * mean_t)  # of the clips 1, 2 and 3
+        assert len(resumed.state()["clips"]) == len(resumed.state()["start"]) == 3
+        assert f"is of 3 clips from here on: there were {before} then, and are {now} now" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------- the system's losses

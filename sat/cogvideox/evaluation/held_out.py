@@ -84,7 +84,7 @@ class HeldOutValidation:
             self._start = now
         metrics: dict[str, float | None] = loss_metrics(grid, losses, "val/loss")
         if self._start is not None:
-            difference = paired_difference(self._start, now)
+            difference = paired_difference(self._start, now[: len(self._start)])
             metrics |= {"val/delta": difference.mean, "val/delta_se": difference.standard_error}
         if self.training is not None:
             metrics |= loss_metrics(grid, self.losses(module, self.training), "val/train_loss")
@@ -93,19 +93,36 @@ class HeldOutValidation:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: the losses of step 0 by clip, and what they are of. JSON values, exact."""
-        return self._fits() | {"start": None if self._start is None else self._start.tolist()}
+        if self._start is None:
+            return self._fits() | {"start": None}
+        fits = self._fits()
+        return fits | {"clips": fits["clips"][: len(self._start)], "start": self._start.tolist()}
 
     def load(self, state: dict[str, Any] | None) -> None:
-        """Take up ``state`` of the checkpoint that is resumed; None where it has none."""
-        self._is_resumed = True
-        before = state or {"start": None}
-        changed = [name for name, value in self._fits().items() if name in before and before[name] != value]
-        if before["start"] is None or changed:
-            reason = f"another {' and '.join(changed)} than then" if changed else "it was not measured then"
-            logger.warning("val/delta, the change since step 0, is left out from here on: %s", reason)
-            self._start = None
+        """Take up ``state`` of the checkpoint that is resumed; None where it has none.
+
+        With more or fewer clips than then (another batch size), those that are in both are compared.
+        """
+        self._is_resumed, self._start = True, None
+        before, now = state or {}, self._fits()
+        if before.get("start") is None:
+            reason = "it was not measured then"
+        elif changed := [name for name in ("timesteps", "seed") if before[name] != now[name]]:
+            reason = f"other {' and '.join(changed)} than then"
+        elif not (count := _common(before["clips"], now["clips"])):
+            reason = "other clips than then"
         else:
-            self._start = np.array(before["start"])
+            self._start = np.array(before["start"][:count])
+            if count < max(len(before["clips"]), len(now["clips"])):
+                logger.warning(
+                    "val/delta, the change since step 0, is of %d clips from here on: there were %d then, and are %d "
+                    "now",
+                    count,
+                    len(before["clips"]),
+                    len(now["clips"]),
+                )
+            return
+        logger.warning("val/delta, the change since step 0, is left out from here on: %s", reason)
 
     def _fits(self) -> dict[str, Any]:
         return {
@@ -113,6 +130,12 @@ class HeldOutValidation:
             "timesteps": self.losses.grid.timesteps.tolist(),
             "seed": self.losses.seed,
         }
+
+
+def _common(before: list[str], now: list[str]) -> int:
+    """How many of the first clips are the same: a clip's noise depends on its place."""
+    pairs = zip(before, now, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(now)))
 
 
 def loss_metrics(grid: TimestepGrid, losses: np.ndarray, name: str) -> dict[str, float]:
