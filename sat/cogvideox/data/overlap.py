@@ -15,8 +15,8 @@ _NAMED = 5
 def shared_clips(dataset: Dataset, other: Dataset) -> list[str] | None:
     """Keys of the clips of ``dataset`` whose file, by its contents, is also in ``other``, under whatever name.
 
-    Only files with the same number of bytes are opened, so
-    that thousands of clips cost a look at their sizes. A clip that was cut or compressed anew is not recognised.
+    Only files with the same number of bytes are opened, so that thousands of clips cost a look at their sizes. A clip
+    that was cut or compressed anew is not recognised.
     None where a dataset has no ``clips`` with a ``path``, or no ``clip_fingerprint(index)``: it cannot be told.
     """
     if not all(hasattr(d, name) for d in (dataset, other) for name in ("clips", "clip_fingerprint")):
