@@ -68,8 +68,6 @@ def build_transformer(
     return ExpertTransformer(**arguments, device=device, skip_init=skip_init)
 
 
-
-
 class VideoDiffusion(nn.Module):
     """Text- or image-to-video diffusion in the latent space of a VAE.
 
