@@ -108,6 +108,7 @@ def train(config: Config) -> None:
 
     fingerprint = dataset_fingerprint(train_set) if dist.is_main() else None
     sources = Sources(loaded_paths(config), Path(config.run.dir) / "sources.json", weights_digests(config))
+    previews = Previews(requests, config, config.run.dir) if requests else None
     trainer = Trainer(
         system,
         loader,
@@ -116,7 +117,7 @@ def train(config: Config) -> None:
         deepspeed_overrides=config.deepspeed,
         seed=config.seed,
         validate=validate,
-        preview=Previews(requests, config, config.run.dir) if requests else None,
+        preview=previews,
         facts=lambda: {
             "config": dataclasses.asdict(config),
             "dataset": fingerprint,
@@ -124,6 +125,8 @@ def train(config: Config) -> None:
             "command": shlex.join(sys.argv),
         },
     )
+    if previews is not None and trainer.previewed is not None:
+        previews.go_on_from(trainer.previewed)
     if dist.is_main():
         describe_run(config)  # only now: a mistake above leaves no folder behind
         sources.start()

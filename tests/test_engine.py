@@ -306,7 +306,7 @@ def test_evaluation_sees_the_average_and_training_gets_its_weights_back(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("every", "steps"), [(2, [2, 4, 5]), (None, [3, 5])], ids=["own rhythm", "each save"]
+    ("every", "steps"), [(2, [0, 2, 4, 5]), (None, [0, 3, 5])], ids=["own rhythm", "each save"]
 )
 def test_the_preview_is_called_with_the_module_in_evaluation_mode(
     tmp_path: Path, every: int | None, steps: list[int]
@@ -323,7 +323,7 @@ def test_the_preview_is_called_with_the_module_in_evaluation_mode(
     trainer.run()
     assert seen == [(True, False, False)] * len(steps)
     # Checkpoint 3 carries the preview of step 3 where there was one, else the last before it.
-    assert [record(tmp_path, step)["preview"]["step"] for step in (3, 5)] == [steps[0], 5]
+    assert [record(tmp_path, step)["preview"]["step"] for step in (3, 5)] == [steps[1], 5]
 
 
 def record(folder: Path, step: int) -> dict[str, Any]:
@@ -332,7 +332,7 @@ def record(folder: Path, step: int) -> dict[str, Any]:
 
 def test_a_stop_is_not_held_up_by_a_preview_and_the_record_of_the_last_one_stays(tmp_path: Path) -> None:
     run = {"run_dir": str(tmp_path), "train": {"steps": 6, "preview_every": 2, "validate_every": None}}
-    for terminate_at, steps in ((2, [2]), (None, [4, 6])):  # stopped at 3, then on to the end
+    for terminate_at, steps in ((2, [0, 2]), (None, [4, 6])):  # stopped at 3, then on to the end
         trainer = make_trainer(run | {"terminate_at": terminate_at})
         seen = []
         trainer.preview = lambda module, step, seen=seen: seen.append(step) or {"step": step}

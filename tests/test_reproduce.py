@@ -97,6 +97,7 @@ def test_a_run_trains_bitwise_the_same_with_and_without_previews(root: Path) -> 
         [
             (r["step"], r["train/loss"], r["train/grad_norm"])
             for r in read_metrics(root / name / "metrics.jsonl")
+            if "train/loss" in r
         ]
         for name in ("t2v", "without")
     )

@@ -234,7 +234,10 @@ class TrainConfig:
     # One video each, in the size of the section sample, prompt i with the seed ``seed + i``; image-to-video:
     # ``prompt@@image.png``. Empty: no previews.
     preview_every: int | None = None
-    # None: with every checkpoint.
+    # None: with every checkpoint. The base model's come before the first step in any case.
+    preview_drift_warning: float | None = 0.5
+    # Warn when saturation, brightness or motion of the previews moved from the base model's by more than this part of
+    # it. Only with load.transformer. None: never.
     keep_checkpoints: int | None = 3
     # None keeps all.
     max_nonfinite_steps: int = 20

@@ -210,6 +210,9 @@ def console_line(
         ("val/delta_se", "+- {:.4f}"),
         ("train/grad_norm", "grad {:8.3g}"),
         ("train/lr", "lr {:.2e}"),
+        ("preview/saturation", "preview: saturation {:.3f}"),
+        ("preview/brightness", "brightness {:.3f}"),
+        ("preview/motion", "motion {:.4f}"),
         ("perf/step_s", "{:.3f} s/step"),
         ("perf/data_s", "data {:.3f} s"),
         ("mem/rss_gib", "{:.1f} GiB"),
@@ -232,9 +235,24 @@ def truncate(path: Path, step: int) -> None:
     """Keep the lines of ``metrics.jsonl`` up to ``step``; a line that a kill cut short goes too."""
     if not path.is_file():
         return
-    kept = [line for line, record in _records(path) if record["step"] <= step]
+    _replace(path, [line for line, record in _records(path) if record["step"] <= step])
+
+
+def forget(path: Path, step: int, prefix: str) -> None:
+    """Drop from ``metrics.jsonl`` the lines of ``step`` with nothing but metrics that begin with ``prefix``."""
+    if not path.is_file():
+        return
+    kept = [
+        line
+        for line, record in _records(path)
+        if record["step"] != step or not all(k.startswith(prefix) for k in record.keys() - {"step"})
+    ]
+    _replace(path, kept)
+
+
+def _replace(path: Path, lines: list[str]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.write_text("".join(line + "\n" for line in lines))
     os.replace(temporary, path)
 
 

@@ -25,7 +25,7 @@ from cogvideox.config import TrainConfig
 from cogvideox.dist import RandomStreams
 from cogvideox.engine import checkpoint, report
 from cogvideox.engine.ema import EMA, numel
-from cogvideox.engine.logging import Means, RunLog, Stopwatch, check_trackers, get_logger, memory
+from cogvideox.engine.logging import Means, RunLog, Stopwatch, check_trackers, forget, get_logger, memory
 from cogvideox.engine.optim import (
     build_optimizer,
     check_train_config,
@@ -69,8 +69,9 @@ class Trainer:
     ):
         """validate(module) -> metrics and preview(module, step) -> JSON values are called on every rank, in evaluation
         mode, with the averaged weights where there are any: every ``validate_every`` and ``preview_every`` steps, and
-        at the end; validate also before the first step. It may have ``state()`` -> JSON values, kept in checkpoints,
-        and ``load(state)``, called where one is resumed.
+        at the end; both also before the first step. ``metrics`` in what preview returns are logged, a line of their
+        own. validate may have ``state()`` -> JSON values, kept in checkpoints, and ``load(state)``, called where one is
+        resumed.
 
         facts(), called on rank 0 at each save: what else a checkpoint's record (``weights.provenance``) says of the
         run, as JSON values: ``config``, ``dataset``, ``sources`` ... The last preview is a part of that record.
@@ -126,6 +127,9 @@ class Trainer:
         cannot be written.
         """
         config = self.config
+        is_preview_missing = self._is_preview_missing()
+        if is_preview_missing and dist.is_main():
+            forget(self.run_dir / "metrics.jsonl", self.step, "preview/")
         log = RunLog(self.run_dir, steps=config.steps, start=self.step, trackers=config.trackers)
         stopping = False
         with StopSignal() as stop:
@@ -133,6 +137,8 @@ class Trainer:
             try:
                 if self.step == 0 and self._is_evaluated(last=False):
                     log.write(0, self._evaluated())
+                if is_preview_missing:
+                    self._render_preview(log, self._has_own_checkpoint())
                 while self.step < config.steps and not stopping:
                     with self.stopwatch.step():
                         self._train_step(batches)
@@ -153,7 +159,7 @@ class Trainer:
                         self._save()
                     # After the save: a kill during a long rendering costs no training step.
                     if not stopping and self._is_previewed(last, is_saved):
-                        self._render_preview(is_saved)
+                        self._render_preview(log, is_saved)
             finally:
                 batches.close()  # ends its worker processes
                 log.close()
@@ -237,10 +243,23 @@ class Trainer:
         with self._evaluation() as module:
             return self.validate(module)
 
-    def _render_preview(self, is_saved: bool) -> None:
+    def _is_preview_missing(self) -> bool:
+        """Whether this start begins with a preview: the base model's, or one in which the last start was killed."""
+        every = self.config.preview_every or self.config.save_every
+        is_due = self.preview is not None and (self._is_due(every) or self.step == self.config.steps)
+        return is_due and (self.previewed or {}).get("step") != self.step
+
+    def _has_own_checkpoint(self) -> bool:
+        """Whether the run stands at a checkpoint in its own folder: not at step 0, and not at another run's."""
+        return self.start_from is not None and (self.checkpoints.directory / str(self.step)).is_dir()
+
+    def _render_preview(self, log: RunLog, is_saved: bool) -> None:
         with self._evaluation() as module:
             rendered = self.preview(module, self.step)
         self.previewed = rendered or self.previewed
+        if rendered and rendered.get("metrics"):
+            log.write(self.step, rendered["metrics"])
+            log.sync()  # before the checkpoint says that it is there
         if rendered and is_saved:
             self.checkpoints.note(self.step, {provenance.KEY: self._record()})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,16 @@ from cogvideox.sampling.video_io import (
 from cogvideox.weights import provenance
 
 
-def write_pixels(target: Target, chunks: Iterable[Tensor], fps: float) -> str:
+def write_pixels(
+    target: Target,
+    chunks: Iterable[Tensor],
+    fps: float,
+    observe: Callable[[Tensor], None] = lambda pixels: None,
+) -> str:
     """Write the mp4, gif, frames and contact sheet that ``target`` asks for.
 
     chunks: (f, 3, H, W), uint8 or float -1..1, of which one is held at a time. Returns the SHA-256 of all uint8 pixels.
+    observe: called with each chunk as uint8.
     """
     digest = hashlib.sha256()
     with ExitStack() as stack:
@@ -38,8 +44,8 @@ def write_pixels(target: Target, chunks: Iterable[Tensor], fps: float) -> str:
         for chunk in chunks:
             pixels = to_uint8(chunk).cpu().contiguous()
             digest.update(pixels.numpy().tobytes())
-            for write in writers:
-                write(pixels)
+            for take in (*writers, observe):
+                take(pixels)
     return digest.hexdigest()
 
 

@@ -2,7 +2,8 @@
 
 Fixed prompts with fixed seeds go through the code of ``sample_video.py`` (``sampling/run.py``). Each video is rendered
 alone, so that its numbers depend neither on the ranks nor on the other prompts. ``RUN/previews/STEP/`` gets an mp4, its
-sidecar, and the final latents in float32, which can be compared as numbers where an mp4 has lost them.
+sidecar, and the final latents in float32, which can be compared as numbers where an mp4 has lost them. Those of step 0
+show the base model: how far the others' looks move from them is their drift (``drift.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from torch import Tensor
 
 from cogvideox import dist, environment
 from cogvideox.config import Config, trains_text_encoder
+from cogvideox.sampling import drift
+from cogvideox.sampling.drift import Appearance
 from cogvideox.sampling.outputs import write_latents
+from cogvideox.sampling.preview_sheet import write_preview_sheet
 from cogvideox.sampling.prompts import Request
 from cogvideox.sampling.run import write_sample
 from cogvideox.sampling.targets import Target, name_of
@@ -41,12 +45,20 @@ class Previews:
     def __init__(self, requests: list[Request], config: Config, run_dir: str | Path):
         self.requests, self.config, self.run_dir = requests, config, Path(run_dir)
         self._conditions: dict[int, Prepared] = {}
+        self.base: list[dict[str, Any]] | None = None
+
+    def go_on_from(self, record: dict[str, Any]) -> None:
+        """After a resume: take the base model's looks from the last record that the run made."""
+        self.base = record.get("base")
+        if self.base is None:
+            logger.warning("the run has no preview of the base model: the drift of its previews is not known")
 
     def __call__(self, system: VideoDiffusion, step: int) -> dict[str, Any] | None:
         """Every rank must call, with the system in evaluation mode. None where nothing could be rendered.
 
         The record: ``step``, ``precision``, ``device``, ``versions`` and ``videos``, for each the prompt, seed, image,
-        file name, ``summary`` of its latents, and ``pixels_sha256`` (uint8, before the lossy mp4).
+        file name, ``summary`` of its latents, ``pixels_sha256`` (uint8, before the lossy mp4) and ``appearance``;
+        ``metrics`` over all of them, and ``base``, the looks at step 0, without which there is no drift.
         """
         count, ranks, rank = len(self.requests), dist.world_size(), dist.rank()
         rendered, failed = {}, {}
@@ -67,13 +79,45 @@ class Previews:
         videos = {index: video for part, _ in gathered for index, video in part.items()}
         if not videos:
             return None
+        made = [videos[index] for index in sorted(videos)]
+        if step == 0:
+            self.base = drift.base_of(made)
+        metrics = drift.metrics(made, self.base)
+        self._warn_of_drift(metrics, step)
+        self._draw_sheet(step)
         return {
             "step": step,
             "precision": self.config.train.precision,
             "device": device_name(system.device),
             "versions": environment.versions(),
-            "videos": [videos[index] for index in sorted(videos)],
+            "videos": made,
+            "metrics": metrics,
+            "base": self.base,
         }
+
+    def _warn_of_drift(self, metrics: dict[str, float], step: int) -> None:
+        limit = self.config.train.preview_drift_warning
+        # From random weights every video that shows something has moved far.
+        if limit is None or self.config.load.transformer is None:
+            return
+        moved = [f"{name} {value:+.0%}" for name, value in drift.beyond(metrics, limit).items()]
+        if moved:
+            logger.warning(
+                "preview of step %d: %s against the base model's previews (train.preview_drift_warning=%g): look at "
+                "%s; a fine-tune that burns in wants a lower learning rate or fewer steps",
+                step,
+                ", ".join(moved),
+                limit,
+                self.run_dir / "previews.png",
+            )
+
+    def _draw_sheet(self, step: int) -> None:
+        if not dist.is_main():
+            return
+        try:
+            write_preview_sheet(self.run_dir, up_to=step)
+        except (ValueError, OSError) as error:
+            logger.warning("previews.png could not be drawn, the training goes on: %s", error)
 
     def _render(self, system: VideoDiffusion, index: int) -> tuple[Sampled, float]:
         start, batch = time.perf_counter(), [self.requests[index]]
@@ -86,7 +130,8 @@ class Previews:
         self, system: VideoDiffusion, sampled: Sampled, index: int, step: int, start: float
     ) -> dict[str, Any]:
         folder = self.run_dir / "previews" / str(step)
-        config = as_trained(self.config, self.run_dir / "checkpoints" / str(step))
+        checkpoint = self.run_dir / "checkpoints" / str(step)
+        config = as_trained(self.config, checkpoint) if step else sampling_from(self.config)
         return write_preview(system, sampled, self.requests[index], folder, start, config)
 
 
@@ -99,7 +144,8 @@ def write_preview(
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = Target(request, folder, name_of(request))
-    written = write_sample(system, sampled, 0, target, start, config)
+    appearance = Appearance()
+    written = write_sample(system, sampled, 0, target, start, config, observe=appearance.add)
     latents = final_latents(sampled)
     write_latents(target.path("latents"), [latents], {"prompt": request.prompt, "seed": request.seed})
     return {
@@ -109,6 +155,7 @@ def write_preview(
         "image": str(request.image.resolve()) if request.image else None,
         "latents": summary(latents),
         "pixels_sha256": written["pixels_sha256"],
+        "appearance": appearance.result(),
     }
 
 

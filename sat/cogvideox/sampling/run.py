@@ -122,12 +122,13 @@ def write_sample(
     config: Config | None = None,
     advance: Callable[[int], None] = lambda count: None,
     kept: Mapping[str, str] | None = None,
+    observe: Callable[[Tensor], None] = lambda pixels: None,
 ) -> dict[str, Any]:
     """Decode item ``row`` into the files of ``target``, then write its sidecar; returns what that says.
 
     start: ``time.perf_counter()`` at the beginning of the work.  config: what makes this video again, where it is not
     the system's own.  advance: called with the number of frames after each chunk.  kept: kind -> name of files of this
-    video that are there already.
+    video that are there already.  observe: called with all pixels, chunk by chunk, (f, 3, H, W) uint8.
     """
     section, tree = system.config.sample, dataclasses.asdict(config or system.config)
     request = sidecar.request_record(target.request)
@@ -138,7 +139,7 @@ def write_sample(
         write_latents(target.path("latents"), [segment[row] for segment in sampled.segments], known)
     if set(target.outputs) - {"latents"}:
         chunks = _counted(sampled.pixels(system, row), advance)
-        record["pixels_sha256"] = write_pixels(target, chunks, section.fps)
+        record["pixels_sha256"] = write_pixels(target, chunks, section.fps, observe)
         record["seams"] = sampled.seams(row)
     record |= {
         "files": {**(kept or {}), **{kind: target.path(kind).name for kind in target.outputs}},

@@ -220,23 +220,31 @@ def write_contact_sheet(
     columns: int = 9,
     cell_height: int = 80,
     label_width: int = 220,
+    headings: Sequence[str] = (),
 ) -> None:
     """A png with a row per video: its label, then up to ``columns`` frames spread evenly from the first to the last.
 
     rows: (label, (F, 3, H, W) uint8 0..255 or float -1..1); sizes may differ between rows.
     Every frame is scaled to ``cell_height`` pixels, small ones by nearest neighbour so that their pixels can be seen.
+    headings: above as many parts of equal width of the first row, which one frame parts from the next.
     """
     if not rows:
         raise ValueError("a contact sheet needs at least one row")
     gap = 4
     strips = [_strip(to_uint8(torch.as_tensor(video)), columns, cell_height, gap) for _, video in rows]
     width = label_width + max(strip.width for strip in strips) + gap
-    sheet = Image.new("RGB", (width, len(rows) * (cell_height + gap) + gap), "white")
+    heading_height = 22 if headings else 0
+    sheet = Image.new("RGB", (width, heading_height + len(rows) * (cell_height + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=13)
+    if headings:
+        frame = round(cell_height * rows[0][1].shape[3] / rows[0][1].shape[2])
+        part = (strips[0].width + frame + 2 * gap) / len(headings)
+        for i, heading in enumerate(headings):
+            draw.text((label_width + i * part, gap), heading, fill="black", font=font)
     characters = max(8, int(label_width / (draw.textlength("abcdefghij", font=font) / 10)) - 2)
     for i, ((label, _), strip) in enumerate(zip(rows, strips, strict=True)):
-        top = gap + i * (cell_height + gap)
+        top = heading_height + gap + i * (cell_height + gap)
         lines = textwrap.wrap(label, characters, max_lines=max(1, cell_height // 16), placeholder=" ...")
         draw.multiline_text((gap * 2, top + 2), "\n".join(lines), fill="black", font=font, spacing=3)
         sheet.paste(strip, (label_width, top))
