@@ -62,6 +62,7 @@ def train(config: Config) -> None:
     from cogvideox.engine.optim import check_train_config
     from cogvideox.engine.trainer import Trainer
     from cogvideox.evaluation.held_out import build_validation
+    from cogvideox.report.run_report import write_report_if_possible
     from cogvideox.sampling.preview import Previews
     from cogvideox.system_cache import weights_digests, with_caches
     from cogvideox.weights.sources import Sources
@@ -134,7 +135,11 @@ def train(config: Config) -> None:
             logger.warning(
                 "%s has no fingerprint(): checkpoints will not say which clips these were", config.data.target
             )
-    trainer.run()
+    try:
+        trainer.run()
+    finally:
+        if dist.is_main():
+            write_report_if_possible(config.run.dir)
 
 
 def describe_run(config: Config) -> None:

@@ -36,6 +36,7 @@ ALLOWED = {
     "environment": set(),
     "build": set(),
     "gpus": set(),
+    "page": set(),
     "dist": {"environment"},
     "diffusion": set(),
     "model": set(),
@@ -81,6 +82,7 @@ ALLOWED = {
         "config",
         "environment",
         "dist",
+        "page",
         "system",
         "system_sampling",
         "system_vae",
@@ -89,6 +91,7 @@ ALLOWED = {
         "weights",
     },
     "evaluation": {"config", "dist", "data", "diffusion", "engine"},
+    "report": {"config", "config_text", "engine", "page", "sampling", "weights"},
     "command_line": {"config_merge", "environment"},
 }
 

@@ -20,7 +20,6 @@ from workers.train_toy import SEED, Toy, make_trainer, samples, train_config
 from cogvideox import dist
 from cogvideox.dist import RandomStreams
 from cogvideox.engine.logging import Means, combine, console_line, read_metrics, truncate
-from cogvideox.engine.report import loss_curve, smooth
 from cogvideox.engine.trainer import StopSignal, poisoned_if_not_finite
 from cogvideox.engine.validation import HeldOutLoss, evaluating
 from cogvideox.weights import provenance
@@ -416,17 +415,6 @@ def test_trackers_get_every_line_and_wandb_works_offline(
     assert (tmp_path / "wandb_id").read_text() == identity
     with pytest.raises(ValueError, match="train.trackers has 'mlflow': expected any of wandb, tensorboard"):
         make_trainer({"run_dir": str(tmp_path), "train": {"trackers": ["mlflow"]}})
-
-
-def test_the_loss_curve_is_drawn_at_the_end(tmp_path: Path) -> None:
-    make_trainer({"run_dir": str(tmp_path), "train": {"steps": 25, "validate_every": 5}}).run()
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "val/loss": 1.0}\n')
-    assert loss_curve(tmp_path) is None
-
-
-def test_smoothing_is_unbiased_from_the_first_point() -> None:
-    assert smooth(torch.full((50,), 3.0).numpy(), 10.0) == pytest.approx([3.0] * 50)
 
 
 def test_fp16_on_a_cpu_is_refused_before_anything_is_built(tmp_path: Path) -> None:

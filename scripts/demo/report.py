@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 
 from cogvideox.engine.logging import read_metrics
-from cogvideox.engine.report import smooth
+from cogvideox.page import STYLE, data_url, page
+from cogvideox.report.series import smooth
 from cogvideox.sampling.video_io import write_contact_sheet
 from scripts.demo.plan import spread
 from scripts.demo.scores import AIMS, ATTRIBUTES, Verdict, read_clip
@@ -56,7 +56,7 @@ def write_report(
         "</section>",
         *(_section(section) for section in sections),
         "<section><h2>Loss curves</h2>",
-        f'<img class="curves" alt="Training loss of VAE, transformer and LoRA" src="{_data_url(curves)}"></section>',
+        f'<img class="curves" alt="Training loss of VAE, transformer and LoRA" src="{data_url(curves)}"></section>',
         "<section><h2>Time, memory, commands</h2>",
         _stage_table(results["stages"]),
         *(
@@ -66,14 +66,9 @@ def write_report(
         ),
         f"<p class=small>{escape(_machine(results))}</p></section>",
     ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>CogVideoX demo</title><style>{STYLE_SHEET.read_text()}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
-    )
+    text = page("CogVideoX demo", f"<main>{''.join(body)}</main>", STYLE + STYLE_SHEET.read_text())
     temporary = path.with_suffix(".html.tmp")
-    temporary.write_text(page, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -124,7 +119,7 @@ def _figure(label: str, verdict: Verdict) -> str:
         for name, right in verdict.right.items()
     )
     return (
-        f'<figure><video src="{_data_url(verdict.video)}" autoplay loop muted playsinline></video>'
+        f'<figure><video src="{data_url(verdict.video)}" autoplay loop muted playsinline></video>'
         f"<figcaption>{escape(label)}<div>{chips}</div></figcaption></figure>"
     )
 
@@ -157,11 +152,6 @@ def _minutes(seconds: float) -> str:
 
 def _gibibytes(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.2f}"
-
-
-def _data_url(path: Path) -> str:
-    kind = {".mp4": "video/mp4", ".png": "image/png"}[path.suffix]
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def write_sheet(path: Path, sections: Sequence[Section], cards_per_section: int = 8, frames: int = 5) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cogvideox import dist
 from cogvideox.config import TrainConfig
 from cogvideox.dist import RandomStreams
-from cogvideox.engine import checkpoint, report
+from cogvideox.engine import checkpoint
 from cogvideox.engine.ema import EMA, numel
 from cogvideox.engine.logging import Means, RunLog, Stopwatch, check_trackers, forget, get_logger, memory
 from cogvideox.engine.optim import (
@@ -163,8 +163,6 @@ class Trainer:
             finally:
                 batches.close()  # ends its worker processes
                 log.close()
-        if dist.is_main() and log.path.stat().st_size:
-            report.loss_curve(self.run_dir)
         if stopping and self.step < config.steps:
             self.logger.info(
                 f"stopped by {stop.name} after step {self.step}, which is saved; run the same command to go on"

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from cogvideox.config import ConfigError
+from cogvideox.page import page
 from cogvideox.sampling import sidecar
 from cogvideox.sampling.complete import complete_or_absent
 from cogvideox.sampling.targets import WITHOUT_EFFECT, in_order
@@ -45,14 +46,10 @@ def write_gallery(folder: str | Path) -> Path:
     for path, record in entries:
         articles.append(_article(path, record, before))
         before = record
-    title = escape(f"{folder.resolve().name}: {len(entries)} videos")
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n<main>\n{''.join(articles)}</main>\n</body>\n</html>\n"
-    )
+    title = f"{folder.resolve().name}: {len(entries)} videos"
+    body = f"<h1>{escape(title)}</h1>\n<main>\n{''.join(articles)}</main>\n"
     with complete_or_absent(folder / "index.html") as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page(title, body, _STYLE), encoding="utf-8")
     return folder / "index.html"
 
 

@@ -73,15 +73,14 @@ def comparison(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 def config_difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """``key.path`` -> (value in ``old``, value in ``new``) wherever nested mappings differ; what is missing is None."""
-    flat = [dict(_leaves(tree)) for tree in (old, new)]
+    flat = [dict(leaves(tree)) for tree in (old, new)]
     keys = dict.fromkeys([*flat[0], *flat[1]])
     return {k: (flat[0].get(k), flat[1].get(k)) for k in keys if flat[0].get(k) != flat[1].get(k)}
 
 
-def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+def leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """(``key.path``, value) of nested mappings and lists; an empty one is a value."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     if not items:
         return [(prefix, tree)]
-    return [
-        leaf for key, value in items for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    ]
+    return [leaf for key, value in items for leaf in leaves(value, f"{prefix}.{key}" if prefix else str(key))]
