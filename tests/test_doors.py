@@ -65,7 +65,8 @@ def runs(tmp_path_factory, clips: Path) -> Path:
 def test_training_leaves_a_run_folder_that_explains_itself(runs: Path) -> None:
     for name in ("vae", "t2v", "lora"):
         files = {p.name for p in (runs / name).iterdir()}
-        assert {"config.yaml", "command.txt", "metrics.jsonl", "checkpoints", "loss.png"} <= files
+        assert {"config.yaml", "command.txt", "metrics.jsonl", "checkpoints", "report.html"} <= files
+        assert (runs / name / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
     records = read_metrics(runs / "t2v" / "metrics.jsonl")
     assert [r["step"] for r in records if "train/loss" in r] == [1, 2, 3, 4]
     assert [r["step"] for r in records if "val/loss" in r] == [0, 2, 4]

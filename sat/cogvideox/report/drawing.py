@@ -33,6 +33,7 @@ _LOOK = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.formatter.limits": (-4, 5),
+    "axes.formatter.useoffset": False,
     "grid.color": "#e3e6eb",
     "grid.linewidth": 0.8,
     "xtick.color": FAINT,
@@ -60,6 +61,7 @@ def draw(path: Path, title: str, fill: Callable[[Axes], bool]) -> bool:
         axes = figure.add_axes((0.105, 0.135, 0.875, 0.68))
         if not fill(axes):
             return False
+        _widen_if_flat(axes)
         figure.text(0.018, 0.965, title, va="top", size=_LOOK["axes.titlesize"], weight="bold")
         _legend(axes)
         axes.set_xlabel("step", loc="right", labelpad=1)
@@ -69,6 +71,13 @@ def draw(path: Path, title: str, fill: Callable[[Axes], bool]) -> bool:
             picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
             picture.quantize(128).save(partial, format="PNG")
     return True
+
+
+def _widen_if_flat(axes: Axes) -> None:
+    """Rounding errors of a constant are not worth a scale of their own."""
+    low, high = axes.get_ylim()
+    if high - low < 1e-6 * max(abs(low), abs(high)):
+        axes.set_ylim(min(0.9 * low, 1.1 * low), max(0.9 * high, 1.1 * high))
 
 
 def _legend(axes: Axes) -> None:

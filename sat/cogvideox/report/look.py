@@ -24,10 +24,10 @@ table.long td { white-space: normal; min-width: 9ch; overflow-wrap: anywhere; }
 table.bars { border: 0; width: 100%; min-width: 260px; }
 .bar { background: linear-gradient(to right, var(--bar) var(--share), transparent 0); padding: 1px 8px;
   border-radius: 4px; min-width: 150px; }
-td.best { color: var(--right); font-weight: 600; }
+.best { color: var(--right); font-weight: 600; }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px; }
 @media (prefers-color-scheme: dark) {
-  figure.plot img { filter: invert(0.88) hue-rotate(180deg); background: none; }
+  figure.plot img, .swatch { filter: invert(0.88) hue-rotate(180deg); }
 }
 @media (max-width: 640px) {
   main { padding: 20px 12px 48px; }

@@ -30,12 +30,13 @@ def preview_section(run: RunFolder) -> str:
         )
     chosen = fitting(run.path, steps)
     if len(chosen) < len(steps):
-        left_out = len(steps) - len(chosen)
-        where = ", ".join(map(str, chosen)) or "none"
-        words = (
-            f"Videos of steps {where}. {left_out} others are left out for the size of this page; they are in"
+        which = f" ({', '.join(map(str, chosen))})" if chosen else ""
+        parts.append(
+            note(
+                f"Videos of {len(chosen)} of {len(steps)} steps{which}: the others are left out for the size of this "
+                f"page, and are in {run.path / 'previews'}."
+            )
         )
-        parts.append(note(f"{words} {run.path / 'previews'}."))
     return section(
         "Previews", *parts, *(_prompt(run, name, chosen) for name in video_names(run.path, chosen))
     )
