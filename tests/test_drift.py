@@ -30,7 +30,7 @@ def test_a_grey_video_has_no_saturation_no_motion_and_its_level_as_brightness(le
     assert found == {"saturation": 0.0, "brightness": pytest.approx(level / 255), "motion": 0.0}
 
 
-# Uniform colours have no variance: 0.3 |(rg, yb)| remains of eq. 10. Luma is the weight of the primary.
+# Uniform colours have no variance: 0.3 |(rg, yb)| remains of the formula. Luma is the weight of the primary.
 @pytest.mark.parametrize(
     ("colour", "rg", "yb", "luma"),
     [

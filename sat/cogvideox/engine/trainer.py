@@ -249,7 +249,8 @@ class Trainer:
 
     def _has_own_checkpoint(self) -> bool:
         """Whether the run stands at a checkpoint in its own folder: not at step 0, and not at another run's."""
-        return self.start_from is not None and (self.checkpoints.directory / str(self.step)).is_dir()
+        directory = self.checkpoints.directory
+        return self.start_from is not None and self.start_from.parent.resolve() == directory.resolve()
 
     def _render_preview(self, log: RunLog, is_saved: bool) -> None:
         with self._evaluation() as module:

@@ -23,8 +23,7 @@ from cogvideox.sampling.preview_sheet import preview_steps
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Metric, title, and what is done to its points first.
-CURVES: tuple[tuple[str, str], ...] = (
+CURVES = (
     ("train/loss", "Training loss, smoothed"),
     ("val/loss", "Held-out loss"),
     ("val/delta", "Held-out loss less that of step 0, ± standard error"),
@@ -128,6 +127,8 @@ def _overlaid(runs: Sequence[RunFolder], names: Sequence[str], metric: str) -> C
                 line(axes, points, colour(index), name)
         if metric in ("val/delta", "val/gap") or metric.endswith("_drift"):
             zero_line(axes)
+        elif metric.startswith(("perf/", "mem/")):
+            axes.set_ylim(bottom=0)
         else:
             log_if_wide(axes, curves)
         return any(map(len, curves))

@@ -20,6 +20,7 @@ figcaption { font-size: 13px; color: var(--faint); margin-top: 6px; line-height:
 .videos figure { width: 168px; }
 .videos video { width: 100%; display: block; border-radius: 6px; background: #000; }
 .videos video.small { image-rendering: pixelated; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 table.long td { white-space: normal; min-width: 9ch; overflow-wrap: anywhere; }
 table.bars { border: 0; width: 100%; min-width: 260px; }
 .bar { background: linear-gradient(to right, var(--bar) var(--share), transparent 0); padding: 1px 8px;

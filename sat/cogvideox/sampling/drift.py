@@ -4,8 +4,8 @@ Measured on the pixels (uint8) as they leave the decoder, frame by frame, with s
 neither on how the stream is cut nor on the machine that adds them up.
 
 saturation  Colourfulness of a frame, mean over frames: M = sqrt(var(rg) + var(yb)) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2)
-            with rg = R - G, yb = (R + G) / 2 - B (Hasler & Suesstrunk 2003, "Measuring colourfulness in natural
-            images", eq. 10), R, G, B in 0..1. Grey is 0. The paper's scale is 255 times this: 0.06 is slightly, 0.18
+            with rg = R - G, yb = (R + G) / 2 - B, R, G, B in 0..1 (Hasler & Suesstrunk 2003, "Measuring colorfulness in
+            natural images", the third measure). Grey is 0. The paper's scale is 255 times this: 0.06 is slightly, 0.18
             averagely, 0.32 highly colourful. HSV's (max - min) / max would count the noise of dark pixels as colour.
 brightness  Mean luma of the gamma-encoded values, 0.2126 R + 0.7152 G + 0.0722 B (ITU-R BT.709-6, item 3.2), in 0..1.
 motion      Mean absolute difference of neighbouring frames over pixels and channels, in 0..1 per frame. None for a

@@ -12,7 +12,7 @@ from cogvideox.sampling import sidecar
 from cogvideox.sampling.targets import in_order
 from cogvideox.sampling.video_io import write_contact_sheet
 
-COLUMNS, FRAMES = 6, 3
+COLUMNS, FRAMES = 5, 3
 _CELL_HEIGHT = 72
 
 
