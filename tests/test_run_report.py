@@ -237,7 +237,7 @@ def test_the_verdict_says_how_an_unfinished_run_ended(run: Path, tmp_path: Path,
         ),
         ({"train/loss": None, "perf/step_s": None}, set()),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(value)) or "nothing",
 )
 def test_one_point_is_drawn_and_nothing_without_one(tmp_path: Path, record: dict, expected: set[str]) -> None:
     folder = bare(tmp_path, {"step": 3, **record})
