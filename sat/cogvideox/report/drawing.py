@@ -65,6 +65,7 @@ def draw(path: Path, title: str, fill: Callable[[Axes], bool]) -> bool:
         figure.text(0.018, 0.965, title, va="top", size=_LOOK["axes.titlesize"], weight="bold")
         _legend(axes)
         axes.set_xlabel("step", loc="right", labelpad=1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         # One pass, at fixed margins: savefig and the layout engines draw everything two or three times.
         canvas.draw()
         with complete_or_absent(path) as partial:

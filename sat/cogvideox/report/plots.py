@@ -176,7 +176,7 @@ def _memory(run: RunFolder, axes: Axes) -> bool:
             axes.plot(*points.T, color=COLOURS[6], linestyle=style, marker=marker, label=label)
     phases = [name for name in found if name not in labels and name.endswith(("_alloc_gib", "_rss_gib"))]
     _curves(run.records, phases, axes, lambda name: name.removeprefix("mem/").rsplit("_", 2)[0])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     return bool(found)
 
 
