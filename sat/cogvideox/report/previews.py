@@ -34,7 +34,7 @@ def preview_section(run: RunFolder) -> str:
         parts.append(
             note(
                 f"Videos of {len(chosen)} of {len(steps)} steps{which}: the others are left out for the size of this "
-                f"page, and are in {run.path / 'previews'}."
+                f"page, and are in previews/ of the run folder."
             )
         )
     return section(
