@@ -91,6 +91,7 @@ def train(config: Config) -> None:
         dist.rank(),
         dist.world_size(),
         config.data.num_workers,
+        clip_timeout_seconds=config.data.clip_timeout_seconds,
     )
     validate = None
     if validation_set is not None:

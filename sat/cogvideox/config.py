@@ -187,6 +187,9 @@ class DataConfig:
     # A second folder, never trained on. None: no validation loss.
     num_workers: int = 2
     # Loader processes per rank; 0 reads in the training process.
+    clip_timeout_seconds: float | None = 60.0
+    # A clip that takes longer to read is put aside like a damaged one, and its process replaced. None: wait for ever.
+    # With num_workers=0 nothing can be cut off.
     latent_cache: str | None = None
     # Folder where each clip's latents are kept, encoded once. None: encode in every step.
     cache_in_memory_gib: float = 1.0
