@@ -60,6 +60,7 @@ def train(config: Config) -> None:
     from cogvideox.data.loader import ResumableLoader
     from cogvideox.engine.logging import get_logger
     from cogvideox.engine.optim import check_train_config
+    from cogvideox.engine.trackers import check_trackers_start
     from cogvideox.engine.trainer import Trainer
     from cogvideox.engine.validation import HeldOutLoss
     from cogvideox.sampling.preview import Previews
@@ -68,6 +69,8 @@ def train(config: Config) -> None:
     dist.init(config.train.timeout_minutes)
     logger = get_logger()  # from here on rank 0 speaks
     check_train_config(config.train, dist.device())
+    if dist.is_main():
+        check_trackers_start(config.train.trackers)
     requests = make_requests(config.train.preview_prompts, config.seed)
     train_set = open_data(config, config.data.path)
     validation_set = open_data(config, config.data.validation_path) if config.data.validation_path else None

@@ -21,7 +21,8 @@ from cogvideox import dist
 from cogvideox.dist import RandomStreams
 from cogvideox.engine.logging import Means, combine, console_line, read_metrics, truncate
 from cogvideox.engine.report import loss_curve, smooth
-from cogvideox.engine.trainer import StopSignal, poisoned_if_not_finite
+from cogvideox.engine.stop import StopSignal
+from cogvideox.engine.trainer import poisoned_if_not_finite
 from cogvideox.engine.validation import HeldOutLoss, evaluating
 from cogvideox.weights import provenance
 

@@ -9,17 +9,18 @@ import os
 import resource
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from cogvideox import dist
+from cogvideox.engine.events import Events
+from cogvideox.engine.trackers import Trackers
 
 _GIB = 2**30
 
@@ -136,12 +137,6 @@ def memory(device: torch.device) -> dict[str, float]:
     }
 
 
-class Tracker(Protocol):
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class RunLog:
     """``metrics.jsonl``, the console line, the bar and the trackers of one run. Only rank 0's writes anything."""
 
@@ -150,12 +145,12 @@ class RunLog:
         self.path = run_dir / "metrics.jsonl"
         self.steps, self.start, self.began = steps, start, time.perf_counter()
         self.logger = get_logger()
-        self._trackers: list[Tracker] = []
+        self._trackers: Trackers | None = None
         self._file = None
         if dist.is_main():
             run_dir.mkdir(parents=True, exist_ok=True)
             truncate(self.path, start)
-            self._trackers = [_TRACKERS[name](run_dir) for name in trackers]
+            self._trackers = Trackers(trackers, run_dir, Events(run_dir))
             self._file = open(self.path, "a")
         # disable=None: no bar where stderr is not a terminal; the console lines carry the time left there.
         self._bar = tqdm(
@@ -177,18 +172,18 @@ class RunLog:
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
         self._file.flush()
         self.logger.info(console_line(step, self.steps, clean, self._seconds_left(step)))
-        for tracker in self._trackers:
-            tracker.log(step, {k: v for k, v in clean.items() if v is not None})
+        self._trackers.log(step, {k: v for k, v in clean.items() if v is not None})
 
     def sync(self) -> None:
         """Before a checkpoint of this step is published: its lines reach the disk first."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def close(self, tracker_seconds: float = 60.0) -> None:
+        """tracker_seconds: how long each tracker may take to send what it still has."""
         self._bar.close()
-        for tracker in self._trackers:
-            tracker.close()
+        if self._trackers is not None:
+            self._trackers.close(tracker_seconds)
         if self._file is not None:
             self._file.close()
 
@@ -238,54 +233,3 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     lines = path.read_text().split("\n")
     for line in lines[:-1]:  # what follows the last newline was cut short
         yield line, json.loads(line)
-
-
-class WandbTracker:
-    """wandb, online or offline (WANDB_MODE=offline); the run goes on under its id after a resume."""
-
-    def __init__(self, run_dir: Path):
-        import wandb
-
-        id_file = run_dir / "wandb_id"
-        run_id = id_file.read_text().strip() if id_file.is_file() else uuid.uuid4().hex[:8]
-        id_file.write_text(run_id)
-        try:
-            self.run = wandb.init(
-                project="cogvideox", name=run_dir.name, id=run_id, resume="allow", dir=str(run_dir)
-            )
-        except wandb.errors.UsageError as error:
-            raise ValueError(
-                f"train.trackers has wandb, which cannot start: {error}; run `wandb login`, or set WANDB_MODE=offline"
-            ) from error
-        # Steps that a resumed run makes again overwrite in the plots instead of being refused.
-        self.run.define_metric("*", step_metric="step")
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.run.log({"step": step, **metrics})
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class TensorBoardTracker:
-    def __init__(self, run_dir: Path):
-        from tensorboardX import SummaryWriter
-
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-_TRACKERS = {"wandb": WandbTracker, "tensorboard": TensorBoardTracker}
-
-
-def check_trackers(names: list[str]) -> None:
-    """ValueError for a tracker that does not exist."""
-    for name in names:
-        if name not in _TRACKERS:
-            raise ValueError(f"train.trackers has {name!r}: expected any of {', '.join(_TRACKERS)}")

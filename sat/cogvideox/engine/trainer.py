@@ -2,19 +2,17 @@
 
 The module is any ``nn.Module`` with ``module(batch, rng) -> (loss, metrics)``: a 0-d loss that carries gradients and a
 dict of 0-d tensors to log. The loader is anything with ``iterate(start) -> endless generator of batches``, where
-``start`` counts the batches (one per micro-step) that this rank has already taken. Worker processes of a loader must
-ignore SIGTERM and SIGINT: launchers signal whole sessions, and a worker that dies ends the run before it is saved.
+``start`` counts the batches (one per micro-step) that this rank has already taken. A loader may leave out samples that
+fail, and offer as ``quarantine`` which they are (``engine/quarantine.py``). Its processes must ignore SIGTERM, SIGINT
+and SIGUSR1: launchers signal whole sessions, and the run needs them until its last step is saved.
 """
 
 from __future__ import annotations
 
-import signal
-import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +23,8 @@ from cogvideox.config import TrainConfig
 from cogvideox.dist import RandomStreams
 from cogvideox.engine import checkpoint, report
 from cogvideox.engine.ema import EMA, numel
-from cogvideox.engine.logging import Means, RunLog, Stopwatch, check_trackers, get_logger, memory
+from cogvideox.engine.events import Events
+from cogvideox.engine.logging import Means, RunLog, Stopwatch, get_logger, memory, truncate
 from cogvideox.engine.optim import (
     build_optimizer,
     check_train_config,
@@ -34,7 +33,12 @@ from cogvideox.engine.optim import (
     learning_rate_factor,
     trainer_checks_gradients,
 )
+from cogvideox.engine.quarantine import SharedQuarantine
+from cogvideox.engine.skipped import SkippedSteps
+from cogvideox.engine.stop import Abandoned, Pulse, StopSignal
+from cogvideox.engine.trackers import check_trackers
 from cogvideox.engine.validation import evaluating
+from cogvideox.engine.watchdog import Watchdog
 from cogvideox.weights import provenance
 
 
@@ -80,6 +84,9 @@ class Trainer:
         self.validate, self.preview, self.facts = validate, preview, facts
         self.previewed: dict[str, Any] | None = None
         self.logger = get_logger()
+        self.events = Events(self.run_dir)
+        self.quarantine = SharedQuarantine(loader, self.run_dir, self.events)
+        self.watchdog = Watchdog(60.0 * config.timeout_minutes, self.events)
         self.start_from = checkpoint.find(self.run_dir / "checkpoints", config.resume)
 
         optimizer = build_optimizer(module, config.optimizer, decay_norms_and_biases)
@@ -97,7 +104,8 @@ class Trainer:
         self._set_learning_rate(0.0)  # DeepSpeed's stage 0 takes a step on zero gradients when it starts
         deepspeed = dist.import_deepspeed()
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        dist.set_timeout(config.timeout_minutes)
+        # The watchdog has seen a hung rank by then, and has named it.
+        dist.set_timeout(2.0 * config.timeout_minutes + 1.0)
         stage = self.engine.zero_optimization_stage()
         if stage == 0:
             self.engine.basic_optimizer.state.clear()  # ... which must not count in Adam's bias correction
@@ -112,7 +120,11 @@ class Trainer:
             ema=self.ema,
             config_file=self.run_dir / "config.yaml",
         )
-        self.step = self.skipped_steps = self.skipped_in_a_row = 0
+        self.step = 0
+        self.unfinished: dict[str, float | None] | None = (
+            None  # the line of this step, without its validation
+        )
+        self.skipped = SkippedSteps(self.engine, config, seed, self.events)
         self.grad_norm: Tensor | float = 0.0
         self.means, self.stopwatch = Means(), Stopwatch()
         if self.start_from is not None:
@@ -122,13 +134,37 @@ class Trainer:
         """Train up to ``train.steps``, or until a signal asks to stop; the last step is saved either way.
 
         Raises FloatingPointError after ``max_nonfinite_steps`` consecutive skipped steps, OSError if a checkpoint
-        cannot be written.
+        cannot be written, ConnectionError (an OSError) if another rank is gone.
         """
+        self.watchdog.start()
+        try:
+            return self._run()
+        except Exception as error:
+            with suppress(OSError):
+                text = f"{type(error).__name__}: {error}"
+                self.events.append("failed", rank=dist.rank(), where=self.watchdog.place, error=text)
+            if dist.is_lost_connection(error):
+                raise ConnectionError(
+                    f"rank {dist.rank()} ends in {self.watchdog.place}: another rank has ended, or does not answer; "
+                    f"that rank's own message says why. The same command goes on from the last checkpoint "
+                    f"({str(error).splitlines()[0]})"
+                ) from error
+            raise
+        finally:
+            self.watchdog.close()
+
+    def _run(self) -> RunResult:
         config = self.config
+        if self.unfinished is not None and dist.is_main():
+            truncate(self.run_dir / "metrics.jsonl", self.step - 1)
         log = RunLog(self.run_dir, steps=config.steps, start=self.step, trackers=config.trackers)
-        stopping = False
+        self.events.write("started", step=self.step, ranks=dist.world_size())
         with StopSignal() as stop:
+            for look in (self.validate, self.preview):
+                if hasattr(look, "pulse"):
+                    look.pulse = Pulse(stop, lambda: self._at("evaluation"))
             batches = self.loader.iterate(self.step * config.gradient_accumulation_steps)
+            stopping = self._make_up(log, stop.agreed())
             try:
                 while self.step < config.steps and not stopping:
                     with self.stopwatch.step():
@@ -139,32 +175,76 @@ class Trainer:
                     last = self.step == config.steps
                     record: dict[str, float | None] = {}
                     if self._is_due(config.log_every) or last:
+                        self.quarantine.share()
                         record |= self._measured()
-                    if self._is_evaluated(last):
-                        record |= self._evaluated()
-                    if record:
-                        log.write(self.step, record)
+                    stopping = self._write(log, record, self._is_evaluated(last), stopping)
                     is_saved = self._is_due(config.save_every) or last or stopping
                     if is_saved:
                         log.sync()
                         self._save()
                     # After the save: a kill during a long rendering costs no training step.
                     if not stopping and self._is_previewed(last, is_saved):
-                        self._render_preview(is_saved)
+                        stopping, _ = self._unless_stopped("preview", self._render_preview, is_saved)
+                        if stopping and not is_saved:
+                            self._save()
             finally:
+                self._at("end")
                 batches.close()  # ends its worker processes
-                log.close()
+                log.close(10.0 if stopping else 60.0)
         if dist.is_main() and log.path.stat().st_size:
             report.loss_curve(self.run_dir)
-        if stopping and self.step < config.steps:
+        finished = self.step >= config.steps and self.unfinished is None
+        if not finished:
             self.logger.info(
                 f"stopped by {stop.name} after step {self.step}, which is saved; run the same command to go on"
             )
-        return RunResult(self.step, finished=self.step >= config.steps)
+            seconds = None if stop.seconds is None else round(stop.seconds, 2)
+            self.events.write("stopped", step=self.step, signal=stop.name, seconds_since_signal=seconds)
+        else:
+            self.events.write("finished", step=self.step)
+        return RunResult(self.step, finished)
+
+    def _at(self, phase: str) -> None:
+        """Tell the watchdog what comes after ``self.step``."""
+        self.watchdog.at(self.step, phase)
+
+    def _make_up(self, log: RunLog, stopping: bool) -> bool:
+        """Do what a stop put off at the step from which this run goes on; True where one asks to stop again."""
+        if self.unfinished is not None:
+            stopping = self._write(log, self.unfinished, True, stopping)
+        previewed = self.previewed is not None and self.previewed.get("step") == self.step
+        if (
+            self.step
+            and not stopping
+            and not previewed
+            and self._is_previewed(False, self._is_due(self.config.save_every))
+        ):
+            stopping, _ = self._unless_stopped("preview", self._render_preview, True)
+        return stopping
+
+    def _write(self, log: RunLog, record: dict[str, float | None], evaluates: bool, stopping: bool) -> bool:
+        """The step's line. A stop does not wait for a validation: the next start writes the line again, with it."""
+        evaluated = None
+        if evaluates and not stopping:
+            stopping, evaluated = self._unless_stopped("validation", self._evaluated)
+        self.unfinished = record if evaluates and evaluated is None else None
+        if record or evaluated:
+            log.write(self.step, record | (evaluated or {}))
+        return stopping
+
+    def _unless_stopped(self, phase: str, look: Callable[..., Any], *arguments: Any) -> tuple[bool, Any]:
+        """(whether a signal ended it before its time, on every rank alike; what ``look`` returned)."""
+        self._at(phase)
+        try:
+            return False, look(*arguments)
+        except Abandoned:
+            self.logger.info(f"a signal ends the {phase} of step {self.step} before its time")
+            return True, None
 
     def _train_step(self, batches: Iterator[Any]) -> None:
         """One optimizer step over ``gradient_accumulation_steps`` batches. Nothing here waits for the device."""
         config, engine = self.config, self.engine
+        at, step = self.watchdog.at, self.step + 1
         self._set_learning_rate(
             learning_rate_factor(
                 self.step,
@@ -174,20 +254,28 @@ class Trainer:
                 min_ratio=config.min_lr_ratio,
             )
         )
+        self.quarantine.begin(step)
+        taken: list[tuple[Any, Tensor]] = []
         for micro_step in range(config.gradient_accumulation_steps):
+            at(step, "data")
             with self.stopwatch.data():
-                batch = dist.to_device(next(batches), engine.device)
+                host_batch = next(batches)
+                batch = dist.to_device(host_batch, engine.device)
+            at(step, "forward")
             rng = RandomStreams.at(
                 self.seed, self.step, micro_step, dist.rank(), dist.world_size(), engine.device
             )
             rng.seed_global()
             loss, metrics = engine(batch, rng)
+            taken.append((host_batch, loss.detach()))
+            at(step, "backward")
             engine.backward(poisoned_if_not_finite(loss))
             self.means.add(
                 {"train/loss": loss, **{f"train/{name}": value for name, value in metrics.items()}}
             )
             if self.checks_gradients and engine.is_gradient_accumulation_boundary():
                 self.grad_norm = clip_or_drop_gradients(engine.module, config.gradient_clipping)
+            at(step, "optimizer")
             engine.step()
         if self.checks_gradients:
             was_applied = bool(torch.isfinite(self.grad_norm))
@@ -195,11 +283,13 @@ class Trainer:
             # DeepSpeed made its decision from the norm over all ranks: it is the same on each.
             was_applied, self.grad_norm = engine.was_step_applied(), engine.get_global_grad_norm()
         if was_applied:
-            self.skipped_in_a_row = 0
+            self.skipped.in_a_row = 0
             if self.ema is not None:
                 self.ema.update()
         else:
-            self._count_skipped(batch, loss)
+            at(step, "search for what is not finite")
+            self.skipped.count(self.step, taken)
+        at(step, "end of the step")
 
     def _set_learning_rate(self, factor: float) -> None:
         # Loading a checkpoint replaces the groups: they are looked up each time.
@@ -225,7 +315,7 @@ class Trainer:
             **self.means.flush(),
             "train/grad_norm": float(self.grad_norm),
             "train/lr": self.optimizer.param_groups[0]["lr"],
-            "train/skipped_steps": float(self.skipped_steps),
+            "train/skipped_steps": float(self.skipped.steps),
             **self.stopwatch.flush(samples),
             **memory(self.engine.device),
         }
@@ -248,36 +338,21 @@ class Trainer:
         with self.ema.applied() if self.ema is not None else nullcontext(), evaluating(module):
             yield module
 
-    def _count_skipped(self, batch: Any, loss: Tensor) -> None:
-        """A loss or gradient was not finite: say whose, and stop the run if that has become the rule."""
-        self.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        keys = batch.get("key") if isinstance(batch, dict) else None
-        suspects = [
-            f"rank {rank}: loss {value}" + (f", batch {names}" if names else "")
-            for rank, (value, names) in enumerate(dist.gather((loss.item(), keys)))
-            if not torch.isfinite(torch.tensor(value))
-        ]
-        cause = "; ".join(suspects) or "the losses are finite, the gradients are not"
-        limit = self.config.max_nonfinite_steps
-        self.logger.warning(
-            f"step {self.step + 1} skipped, {self.skipped_in_a_row} in a row (the limit is {limit}): {cause}"
-        )
-        if self.skipped_in_a_row >= limit:
-            raise FloatingPointError(
-                f"{limit} consecutive steps up to {self.step + 1} had a non-finite loss or gradient ({cause}). "
-                f"The checkpoints before are whole: lower train.optimizer.params.lr, try another train.precision, or "
-                f"look at these clips (train.max_nonfinite_steps={limit} is the limit)"
-            )
-
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
     def _save(self) -> None:
+        self.quarantine.share()
+        with self.watchdog.paused(self.step, "save"):
+            self._save_paused()
+
+    def _save_paused(self) -> None:
         self.checkpoints.save(
             self.step,
             {
-                "skipped_steps": self.skipped_steps,
-                "skipped_in_a_row": self.skipped_in_a_row,
+                "skipped_steps": self.skipped.steps,
+                "skipped_in_a_row": self.skipped.in_a_row,
+                "quarantine": self.quarantine.state(),
+                "unfinished": self.unfinished,
                 "samples_per_step": self.config.batch_size * self.config.gradient_accumulation_steps,
                 # A save between two logging steps: what was measured so far counts in the next line.
                 "means": dist.gather(self.means.state()),
@@ -299,7 +374,9 @@ class Trainer:
     def _resume(self, folder: Path) -> None:
         state = self.checkpoints.load(folder)
         self.step = state["step"]
-        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+        self.skipped.steps, self.skipped.in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+        self.quarantine.restore(state.get("quarantine", []))  # older checkpoints have none
+        self.unfinished = state.get("unfinished")
         self.means.load(state["means"][dist.rank()], self.engine.device)
         self.previewed = state.get(provenance.KEY, {}).get("preview")
         samples = self.config.batch_size * self.config.gradient_accumulation_steps
@@ -317,38 +394,3 @@ def poisoned_if_not_finite(loss: Tensor) -> Tensor:
     So the reduction of the gradients, which happens anyway, tells every rank to skip the step: no flag is exchanged.
     """
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
-
-
-class StopSignal:
-    """SIGTERM or SIGINT (Ctrl-C) asks all ranks for a last checkpoint; a second one ends the process at once.
-
-    torchrun passes its own signal on and kills what is left after 30 s (``--shutdown-timeout`` of newer versions).
-    """
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-    # Launchers and terminals may both deliver the same signal: within this time it counts once.
-    _DUPLICATE_SECONDS = 1.0
-
-    def __init__(self) -> None:
-        self.name = "another rank's signal"
-        self._received_at: float | None = None
-
-    def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._receive) for number in self._SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._received_at is None:
-            self._received_at, self.name = now, signal.Signals(number).name
-        elif now - self._received_at > self._DUPLICATE_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. Every rank must call, once a step."""
-        return dist.any_rank(self._received_at is not None)

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class Previews:
     def __init__(self, requests: list[Request], config: Config, run_dir: str | Path):
         self.requests, self.config, self.run_dir = requests, config, Path(run_dir)
         self._conditions: dict[int, Prepared] = {}
+        # Called after every denoising step, and with done=True after every prompt; the trainer's, while it trains.
+        self.pulse: Callable[..., None] = lambda done=False: None
 
     def __call__(self, system: VideoDiffusion, step: int) -> dict[str, Any] | None:
         """Every rank must call, with the system in evaluation mode. None where nothing could be rendered.
@@ -61,6 +64,7 @@ class Previews:
                         rendered[index] = self._write(system, sampled, index, step, start)
                 except (RuntimeError, ValueError, OSError, FloatingPointError) as error:
                     failed[index] = str(error) or repr(error)
+                self.pulse(done=True)
         gathered = dist.gather((rendered, failed))
         for index, reason in sorted({i: r for _, part in gathered for i, r in part.items()}.items()):
             logger.warning("preview %d of step %d failed, the training goes on: %s", index, step, reason)
@@ -80,7 +84,7 @@ class Previews:
         condition = self._conditions.get(index) or prepare(system, batch)
         if next(system.conditioner.parameters(), None) is None:  # a trained encoder changes with every step
             self._conditions[index] = condition
-        return denoise(system, batch, condition), start
+        return denoise(system, batch, condition, lambda _: self.pulse()), start
 
     def _write(
         self, system: VideoDiffusion, sampled: Sampled, index: int, step: int, start: float
