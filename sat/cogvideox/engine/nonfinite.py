@@ -8,6 +8,7 @@ and leaves nothing behind: the run after it is bitwise the run without it.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -88,7 +89,8 @@ def _in_backward(module: nn.Module, batch: Any, rng: RandomStreams) -> str:
             spoilt.append((name, layer, not _is_finite(grad_input)))
 
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    with ExitStack() as hooks, torch.enable_grad():
+    with ExitStack() as hooks, torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")  # as it should, for first layers
         for name, layer in module.named_modules():
             hook = layer.register_full_backward_hook(
                 lambda layer, grad_input, grad_output, name=name: look(name, layer, grad_input, grad_output)

@@ -121,9 +121,8 @@ class Trainer:
             config_file=self.run_dir / "config.yaml",
         )
         self.step = 0
-        self.unfinished: dict[str, float | None] | None = (
-            None  # the line of this step, without its validation
-        )
+        # The line of this step, where a stop did not wait for its validation.
+        self.unfinished: dict[str, float | None] | None = None
         self.skipped = SkippedSteps(self.engine, config, seed, self.events)
         self.grad_norm: Tensor | float = 0.0
         self.means, self.stopwatch = Means(), Stopwatch()
@@ -164,8 +163,8 @@ class Trainer:
                 if hasattr(look, "pulse"):
                     look.pulse = Pulse(stop, lambda: self._at("evaluation"))
             batches = self.loader.iterate(self.step * config.gradient_accumulation_steps)
-            stopping = self._make_up(log, stop.agreed())
             try:
+                stopping = self._make_up(log, stop.agreed())
                 while self.step < config.steps and not stopping:
                     with self.stopwatch.step():
                         self._train_step(batches)
@@ -187,10 +186,10 @@ class Trainer:
                         stopping, _ = self._unless_stopped("preview", self._render_preview, is_saved)
                         if stopping and not is_saved:
                             self._save()
+                self.watchdog.rest(self.step, "end")
             finally:
-                self._at("end")
                 batches.close()  # ends its worker processes
-                log.close(10.0 if stopping else 60.0)
+                log.close(60.0 if self.step >= config.steps else 10.0)
         if dist.is_main() and log.path.stat().st_size:
             report.loss_curve(self.run_dir)
         finished = self.step >= config.steps and self.unfinished is None
@@ -210,15 +209,15 @@ class Trainer:
 
     def _make_up(self, log: RunLog, stopping: bool) -> bool:
         """Do what a stop put off at the step from which this run goes on; True where one asks to stop again."""
+        directory = self.checkpoints.directory
+        if self.start_from is None or self.start_from.parent.resolve() != directory.resolve():
+            self.unfinished = None  # of another run, whose business it is
+            return stopping
         if self.unfinished is not None:
             stopping = self._write(log, self.unfinished, True, stopping)
-        previewed = self.previewed is not None and self.previewed.get("step") == self.step
-        if (
-            self.step
-            and not stopping
-            and not previewed
-            and self._is_previewed(False, self._is_due(self.config.save_every))
-        ):
+            self.checkpoints.note(self.step, {"unfinished": self.unfinished})
+        is_shown = self.previewed is not None and self.previewed.get("step") == self.step
+        if not (stopping or is_shown) and self._is_previewed(False, self._is_due(self.config.save_every)):
             stopping, _ = self._unless_stopped("preview", self._render_preview, True)
         return stopping
 

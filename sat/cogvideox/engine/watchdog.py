@@ -1,8 +1,8 @@
 """A rank that hangs, noticed and named before the collectives of the others run out of time.
 
 A collective that times out says that somebody is missing, not who or where. So a thread on every rank publishes,
-through the store of the process group, in which phase of which step its rank is, and reads what the others
-publish. The rank that has made no progress for too long is named in one line, with its last step and phase; then every rank ends.
+through the store of the process group, in which phase of which step its rank is, and reads what the others publish.
+The rank that has made no progress for too long is named in one line, with its step and phase; then every rank ends.
 
 The training loop pays an attribute assignment for each phase. Clocks of different machines are never compared: a rank
 publishes ages, and what is not published any more ages by the reader's clock.
@@ -71,12 +71,16 @@ class Watchdog:
     @contextmanager
     def paused(self, step: int, phase: str) -> Iterator[None]:
         """For a phase that may take any time, such as a save: nobody is suspected while a rank is in it."""
-        self.at(step, phase)
-        self._mark = (*self._mark[:-1], True)
+        self.rest(step, phase)
         try:
             yield
         finally:
             self.at(step, phase)
+
+    def rest(self, step: int, phase: str) -> None:
+        """``paused`` until the next phase begins."""
+        self.at(step, phase)
+        self._mark = (*self._mark[:-1], True)
 
     @property
     def place(self) -> str:
