@@ -25,8 +25,20 @@ _HANG = "test_a_rank_that_hangs_is_named_in_time_with_its_last_step_and_phase"
 _STOP = "test_a_signal_ends_a_validation_or_preview_at_its_next_piece_and_the_next_start_makes_up_for_it"
 
 MATRIX = (
-    Fault("clip truncated, empty or rubbish", "2", "files ruined before the run, no scan", "put aside, run goes on", _here(_CLIPS)),
-    Fault("clip whose decoder hangs", "2", "native code that holds the GIL for ever", "cut off in time, put aside, run goes on", _here(_CLIPS)),
+    Fault(
+        "clip truncated, empty or rubbish",
+        "2",
+        "files ruined before the run, no scan",
+        "put aside, run goes on",
+        _here(_CLIPS),
+    ),
+    Fault(
+        "clip whose decoder hangs",
+        "2",
+        "native code that holds the GIL for ever",
+        "cut off in time, put aside, run goes on",
+        _here(_CLIPS),
+    ),
     Fault(
         "clip that crashes its decoder",
         "1",
@@ -69,7 +81,13 @@ MATRIX = (
         "skipped on all, counted; clips and layer named",
         ("test_engine.py::test_a_nan_on_one_rank_is_skipped_on_all_and_counted", *_here(_LAYER)),
     ),
-    Fault("gradient not finite on one rank", "2, ZeRO 0, 2, 3", "a layer's backward gives infinity", "skipped on all, counted; rank and layer named (not under ZeRO-3)", _here(_LAYER)),
+    Fault(
+        "gradient not finite on one rank",
+        "2, ZeRO 0, 2, 3",
+        "a layer's backward gives infinity",
+        "skipped on all, counted; rank and layer named (not under ZeRO-3)",
+        _here(_LAYER),
+    ),
     Fault(
         "search for the bad layer",
         "2, ZeRO 0, 2, 3",
@@ -94,7 +112,13 @@ MATRIX = (
             "test_resume.py::test_the_joined_log_is_bitwise_that_of_an_undisturbed_run",
         ),
     ),
-    Fault("one rank hangs", "2", "sleeps in data, spins in forward, is stopped (SIGSTOP)", "named in time with step and phase, all ranks end", _here(_HANG)),
+    Fault(
+        "one rank hangs",
+        "2",
+        "sleeps in data, spins in forward, is stopped (SIGSTOP)",
+        "named in time with step and phase, all ranks end",
+        _here(_HANG),
+    ),
     Fault(
         "long validation, preview, save",
         "1",
@@ -109,7 +133,13 @@ MATRIX = (
         "saved on all, exit code 0",
         ("test_engine.py::test_sigterm_on_one_rank_saves_on_all_and_leaves_with_exit_code_0",),
     ),
-    Fault("signal in a validation or preview", "2", "SIGUSR1 to one rank", "abandoned on all, saved; made up for at the next start, same curve", _here(_STOP)),
+    Fault(
+        "signal in a validation or preview",
+        "2",
+        "SIGUSR1 to one rank",
+        "abandoned on all, saved; made up for at the next start, same curve",
+        _here(_STOP),
+    ),
     Fault(
         "SIGTERM to torchrun, 30 s of grace",
         "2",
@@ -138,7 +168,7 @@ MATRIX = (
         "one clear error before anything is loaded",
         _here("test_wandb_without_a_key_is_one_clear_error_before_anything_is_built"),
     ),
-)  # fmt: skip
+)
 
 
 def table() -> str:

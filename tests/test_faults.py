@@ -56,7 +56,14 @@ NAN_RUNS = {  # name -> (ZeRO stage, precision, where it breaks, the layer that 
 
 def metrics(folder: Path, *names: str) -> list[list[Any]]:
     """Of every line, what must be bitwise the same: the step, losses, norms, counts."""
-    wanted = names or ("step", "train/loss", "train/mean", "train/grad_norm", "train/skipped_steps", "val/loss")
+    wanted = names or (
+        "step",
+        "train/loss",
+        "train/mean",
+        "train/grad_norm",
+        "train/skipped_steps",
+        "val/loss",
+    )
     return [[record.get(name) for name in wanted] for record in read_metrics(folder / "metrics.jsonl")]
 
 
@@ -165,7 +172,10 @@ def test_clips_that_fail_while_training_are_put_aside_listed_and_the_run_goes_on
 
 def test_a_resumed_run_keeps_out_what_was_put_aside_though_it_could_be_read_again(two_ranks: Path) -> None:
     whole, joined = two_ranks / "quarantine", two_ranks / "mended"
-    assert [e["step"] for e in events(joined, "started")] == [0, 7]  # the second with whole files, none hanging
+    assert [e["step"] for e in events(joined, "started")] == [
+        0,
+        7,
+    ]  # the second with whole files, none hanging
     assert metrics(joined) == metrics(whole) and len(metrics(joined)) == 12
     ours, theirs = (json.loads((folder / "quarantine.json").read_text()) for folder in (joined, whole))
     assert ours == theirs
@@ -198,7 +208,9 @@ def test_a_skipped_step_names_its_clips_and_the_first_bad_layer(two_ranks: Path,
     if way == "forward":
         (event,) = found
         # Batch 4 of rank 1 of 2, two clips each: 4 * 2 * 2 + 2.
-        assert event["rank"] == 1 and event["clips"] == ["clip18", "clip19"] and event["loss"] in ("nan", "inf")
+        assert (
+            event["rank"] == 1 and event["clips"] == ["clip18", "clip19"] and event["loss"] in ("nan", "inf")
+        )
     elif stage == 3:
         assert [event["rank"] for event in found] == [0, 1]
     else:
@@ -215,7 +227,9 @@ def test_the_search_for_the_bad_layer_leaves_no_trace_in_the_run(two_ranks: Path
     assert metrics(with_search) == metrics(without)
     checkpoint = Path("checkpoints") / "5"
     for path in sorted((with_search / checkpoint).glob("*.pt")):
-        ours, theirs = (torch.load(f / checkpoint / path.name, weights_only=False) for f in (with_search, without))
+        ours, theirs = (
+            torch.load(f / checkpoint / path.name, weights_only=False) for f in (with_search, without)
+        )
         if "zero3" in name and "optim" in path.name:
             for state in (ours, theirs):  # ends in padding that nobody has written
                 del state["optimizer_state_dict"]["fp32_flat_groups"]
@@ -255,7 +269,9 @@ def test_the_search_tells_weights_batches_gradients_of_parameters_and_the_rest_a
     assert searched(module, False, x=torch.full((4, 2), torch.inf)) == "the batch itself (x)"
     module = Three()
     assert searched(module, False) == "not found: done once more, the forward pass is finite"
-    assert searched(module, True).startswith("not found: done once more, the gradients of this rank are finite")
+    assert searched(module, True).startswith(
+        "not found: done once more, the gradients of this rank are finite"
+    )
     # 1e10 comes from above and 1e30 from below: their product, in the weight's gradient alone, is too much for float32.
     module = nn.Module()
     module.only = nn.Linear(1, 1, bias=False)
@@ -278,7 +294,10 @@ def test_the_search_disturbs_neither_random_states_nor_buffers_nor_gradients() -
     for backward in (False, True):
         searched_module = first_bad_layer(
             module,
-            {"x": torch.randn(4, 2, generator=torch.Generator().manual_seed(1)), "scale": torch.tensor(torch.inf)},
+            {
+                "x": torch.randn(4, 2, generator=torch.Generator().manual_seed(1)),
+                "scale": torch.tensor(torch.inf),
+            },
             lambda: RandomStreams.at(0, 0),
             backward=backward,
         )
@@ -294,8 +313,15 @@ def test_the_search_disturbs_neither_random_states_nor_buffers_nor_gradients() -
 
 def test_when_a_rank_is_killed_the_others_end_soon_with_one_clear_line(tmp_path: Path) -> None:
     began = time.monotonic()
-    done = launch([{"run_dir": str(tmp_path), "train": {"steps": 9, "save_every": 2}, "kill_at": 5}], 2, tmp_path, WORKER)
-    assert done.returncode != 0 and time.monotonic() - began < 100  # the collectives' own limit is five minutes
+    done = launch(
+        [{"run_dir": str(tmp_path), "train": {"steps": 9, "save_every": 2}, "kill_at": 5}],
+        2,
+        tmp_path,
+        WORKER,
+    )
+    assert (
+        done.returncode != 0 and time.monotonic() - began < 100
+    )  # the collectives' own limit is five minutes
     assert "error: rank 0 ends in step 6" in done.stdout and "another rank has ended" in done.stdout
     assert "goes on from the last checkpoint" in done.stdout
     (failed,) = events(tmp_path, "failed")
@@ -320,7 +346,9 @@ def start_rank(rank: int, listing: Path, port: int) -> subprocess.Popen[str]:
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     return subprocess.Popen(
         [sys.executable, str(WORKER), str(listing)],
-        env=os.environ | {key: str(value) for key, value in own.items()} | {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": search_path()},
+        env=os.environ
+        | {key: str(value) for key, value in own.items()}
+        | {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": search_path()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -328,12 +356,14 @@ def start_rank(rank: int, listing: Path, port: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(
-    ("way", "phase"), [("sleep", "data"), ("spin", "forward"), ("stop", "forward")], ids=["sleeps", "spins", "is stopped"]
+    ("way", "phase"),
+    [("sleep", "data"), ("spin", "forward"), ("stop", "forward")],
+    ids=["sleeps", "spins", "is stopped"],
 )
 def test_a_rank_that_hangs_is_named_in_time_with_its_last_step_and_phase(
     tmp_path: Path, ranks: list[subprocess.Popen[str]], free_port: int, way: str, phase: str
 ) -> None:
-    limit = 4.0
+    limit = 8.0  # a machine under load takes seconds for a step
     train = {"steps": 9, "save_every": 100, "timeout_minutes": limit / 60}
     listing = tmp_path / "runs.json"
     listing.write_text(json.dumps([{"run_dir": str(tmp_path), "train": train, "halt_at": {"3": way}}]))
@@ -341,7 +371,9 @@ def test_a_rank_that_hangs_is_named_in_time_with_its_last_step_and_phase(
     output, _ = ranks[0].communicate(timeout=150)
     assert ranks[0].returncode == 4, output
     (line,) = [line for line in output.splitlines() if line.startswith("stalled")]
-    assert f"stalled: rank 1 has been in step 4, {phase}, for " in line.replace(f"{phase} for", f"{phase}, for")
+    assert f"stalled: rank 1 has been in step 4, {phase}, for " in line.replace(
+        f"{phase} for", f"{phase}, for"
+    )
     assert "rank 0 waits in step 4, " in line and "timeout_minutes" in line
     assert ("does not answer" in line) == (way == "stop")
     (event,) = events(tmp_path, "stalled")
@@ -384,7 +416,13 @@ def test_long_validations_previews_and_saves_are_no_stall(tmp_path: Path) -> Non
     from workers.train_faults import make
 
     dist.init(timeout_minutes=2.0, model_parallel=False)
-    train = {"steps": 2, "validate_every": 1, "preview_every": 1, "save_every": 1, "timeout_minutes": 0.5 / 60}
+    train = {
+        "steps": 2,
+        "validate_every": 1,
+        "preview_every": 1,
+        "save_every": 1,
+        "timeout_minutes": 0.5 / 60,
+    }
     trainer = make({"run_dir": str(tmp_path), "train": train, "slow": 0.03})
     save = trainer.checkpoints.save
     trainer.checkpoints.save = lambda *arguments: (time.sleep(1.5), save(*arguments))
@@ -410,7 +448,9 @@ def test_a_signal_ends_a_validation_or_preview_at_its_next_piece_and_the_next_st
     assert result(folder)["previews"] == [3, 6]  # of the second start; the first one's was abandoned
 
 
-def test_torchrun_under_sigterm_in_a_long_validation_is_saved_and_gone_well_within_its_grace(tmp_path: Path) -> None:
+def test_torchrun_under_sigterm_in_a_long_validation_is_saved_and_gone_well_within_its_grace(
+    tmp_path: Path,
+) -> None:
     train = {"steps": 5, "validate_every": 2, "save_every": 100}
     process = start([{"run_dir": str(tmp_path), "train": train, "slow": 3.0}], 2, tmp_path, WORKER)
     try:
@@ -460,7 +500,9 @@ def test_a_tracker_that_goes_away_costs_a_warning_and_nothing_else(
     dist.init(timeout_minutes=2.0, model_parallel=False)
     monkeypatch.setitem(trackers._TRACKERS, "tensorboard", Flaky)
     monkeypatch.setattr(trackers, "_WAITING_RECORDS", 2)
-    lost = make_trainer({"run_dir": str(tmp_path / "lost"), "train": {"steps": 12, "trackers": ["tensorboard"]}})
+    lost = make_trainer(
+        {"run_dir": str(tmp_path / "lost"), "train": {"steps": 12, "trackers": ["tensorboard"]}}
+    )
     close = trackers.Trackers.close
     monkeypatch.setattr(trackers.Trackers, "close", lambda self, seconds: close(self, 0.5))
     train_step = lost._train_step
@@ -474,7 +516,9 @@ def test_a_tracker_that_goes_away_costs_a_warning_and_nothing_else(
     assert first["error"] == "ConnectionResetError: the server is gone"
     assert second["error"] == "it is 2 records behind" and second["step"] > 5
     output = capsys.readouterr().out
-    assert output.count("lost the tracker tensorboard") == 2 and "tensorboard answers again at step 4" in output
+    assert (
+        output.count("lost the tracker tensorboard") == 2 and "tensorboard answers again at step 4" in output
+    )
     assert "tensorboard did not finish within 0.5 s" in output
 
 
@@ -488,7 +532,9 @@ def test_tensorboard_goes_on_in_a_new_file_after_a_full_disk(tmp_path: Path) -> 
     (first,) = (tmp_path / "tensorboard").iterdir()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (first.stat().st_size, limits[1]))  # what a full disk does to it
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (first.stat().st_size, limits[1])
+    )  # what a full disk does to it
     try:
         with pytest.raises(OSError):
             for step in range(2, 50):
@@ -503,9 +549,7 @@ def test_tensorboard_goes_on_in_a_new_file_after_a_full_disk(tmp_path: Path) -> 
     assert len(files) == 2 and files[1].stat().st_size > 0
 
 
-def test_wandb_without_a_key_is_one_clear_error_before_anything_is_built(
-    tmp_path: Path, clips: Path
-) -> None:
+def test_wandb_without_a_key_is_one_clear_error_before_anything_is_built(tmp_path: Path, clips: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "sat")}
     command = [sys.executable, "train_video.py", "--base", "configs/tiny_t2v.yaml", f"data.path={clips}"]

@@ -80,7 +80,8 @@ class ClipsToy(nn.Module):
     def __init__(self, frames: int):
         super().__init__()
         self.last = nn.Linear(frames, 1)
-        nn.init.ones_(self.last.weight)
+        for parameter in self.parameters():
+            nn.init.ones_(parameter)
 
     def forward(self, batch: dict[str, Any], rng: dist.RandomStreams) -> tuple[Tensor, dict[str, Tensor]]:
         x = batch["video"].float().mean(dim=(2, 3, 4)) / 255

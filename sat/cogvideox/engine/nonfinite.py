@@ -90,7 +90,9 @@ def _in_backward(module: nn.Module, batch: Any, rng: RandomStreams) -> str:
 
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     with ExitStack() as hooks, torch.enable_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")  # as it should, for first layers
+        warnings.filterwarnings(
+            "ignore", message="Full backward hook is firing"
+        )  # as it should, for first layers
         for name, layer in module.named_modules():
             hook = layer.register_full_backward_hook(
                 lambda layer, grad_input, grad_output, name=name: look(name, layer, grad_input, grad_output)

@@ -93,8 +93,10 @@ class Watchdog:
         self._keys = [str(rank) for rank in range(dist.world_size())]
         self._rank, self._beat = dist.rank(), 0
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> (beat, when it was first seen)
+        self.at(self._mark[0], "start")  # building took its time
         self._publish(left=False)
         dist.barrier()  # from here on every key is there: reading waits for those that are not
+        self.at(self._mark[0], "start")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
