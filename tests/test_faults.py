@@ -371,11 +371,10 @@ def test_a_rank_that_hangs_is_named_in_time_with_its_last_step_and_phase(
     output, _ = ranks[0].communicate(timeout=150)
     assert ranks[0].returncode == 4, output
     (line,) = [line for line in output.splitlines() if line.startswith("stalled")]
-    assert f"stalled: rank 1 has been in step 4, {phase}, for " in line.replace(
-        f"{phase} for", f"{phase}, for"
-    )
+    place = f"has been in step 4, {phase}, for "
+    silent = f"was last heard of in step 4, {phase};"
+    assert line.startswith("stalled: rank 1 ") and (silent if way == "stop" else place) in line
     assert "rank 0 waits in step 4, " in line and "timeout_minutes" in line
-    assert ("does not answer" in line) == (way == "stop")
     (event,) = events(tmp_path, "stalled")
     assert (event["rank"], event["step"], event["phase"]) == (1, 4, phase)
     # Within the limit and two readings; a machine under load may take longer to wake the thread.
@@ -408,7 +407,7 @@ def test_the_suspect_is_the_silent_rank_else_the_one_behind_and_nobody_while_one
     assert suspect(places(saving, (119, 0, "data", 400.0, 0.1, False)), 30.0, 1.0) is None
     assert suspect(places((118, 5, "save", 500.0, 400.0, True), waits), 30.0, 1.0) == 0
     text = describe(3, places(waits, waits, waits, behind), 30.0)
-    assert text == "rank 3 has been in step 118, data for 31 s; the others wait in step 118, backward"
+    assert text == "rank 3 has been in step 118, data, for 31 s; the others wait in step 118, backward"
 
 
 def test_long_validations_previews_and_saves_are_no_stall(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ class FaultyToy(Toy):
         self.norm[1].way = batch.get("fragile")
         halt = batch.get("halt")
         if halt == "stop":
+            time.sleep(3.0)  # until the others have heard where this rank is
             signal.raise_signal(signal.SIGSTOP)
         while halt == "spin":
             pass

@@ -186,9 +186,12 @@ def suspect(places: dict[int, Place], limit_seconds: float, period_seconds: floa
 def describe(rank: int, places: dict[int, Place], limit_seconds: float) -> str:
     """``rank 3 has been in step 118, data, for 31 s; the others wait in step 118, backward``"""
     place = places[rank]
-    text = f"rank {rank} has been in {place} for {place.idle:.0f} s"
+    text = f"rank {rank} has been in {place}, for {place.idle:.0f} s"
     if place.silence > limit_seconds / 2:
-        text += " and its process does not answer (stopped, or in native code that does not return)"
+        text = (
+            f"rank {rank} has not answered for {place.silence:.0f} s (its process is stopped, or in native code that "
+            f"does not return) and was last heard of in {place}"
+        )
     where: dict[str, list[int]] = {}
     for other, at in places.items():
         if other != rank:
