@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 WORKER = Path(__file__).with_name("train_toy.py")
-SECONDS = 150  # far above the ten or so that a launch takes on an idle machine
+SECONDS = 450  # far above the ten to forty that a launch takes on an idle machine
 
 
 def start(
