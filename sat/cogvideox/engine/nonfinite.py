@@ -57,9 +57,6 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
 
 def _in_forward(module: nn.Module, batch: Any, rng: RandomStreams) -> str:
-    spoilt = [name for name, value in _named(batch) if not _is_finite(value)]
-    if spoilt:
-        return f"the batch itself ({', '.join(spoilt)})"
     found: list[str] = []
 
     def look(name: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -75,7 +72,10 @@ def _in_forward(module: nn.Module, batch: Any, rng: RandomStreams) -> str:
                 with_kwargs=True,
             )
             hooks.callback(hook.remove)
-        module(batch, rng)
+        module(batch, rng)  # whatever the batch is: under ZeRO-3 every rank has to do the pass
+    spoilt = [name for name, value in _named(batch) if not _is_finite(value)]
+    if spoilt:
+        return f"the batch itself ({', '.join(spoilt)})"
     return found[0] if found else "not found: done once more, the forward pass is finite"
 
 
