@@ -46,7 +46,8 @@ ALLOWED = {
     "weights": set(),
     "flops": {"config"},
     "plan": {"config", "config_merge", "flops"},
-    "engine": {"config", "build", "dist", "environment", "weights"},
+    "phases": set(),
+    "engine": {"config", "build", "dist", "environment", "gpus", "phases", "weights"},
     "convert": {"model", "vae", "weights"},
     "system_sampling": set(),
     "system_text": {"build", "conditioning", "config", "weights"},
@@ -77,6 +78,7 @@ ALLOWED = {
         "vae",
         "diffusion",
         "weights",
+        "phases",
     },
     "sampling": {
         "config",

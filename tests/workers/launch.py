@@ -14,12 +14,14 @@ WORKER = Path(__file__).with_name("train_toy.py")
 SECONDS = 150  # far above the ten or so that a launch takes on an idle machine
 
 
-def launch(runs: list[dict[str, Any]], ranks: int, folder: Path) -> subprocess.CompletedProcess[str]:
+def launch(
+    runs: list[dict[str, Any]], ranks: int, folder: Path, worker: Path = WORKER
+) -> subprocess.CompletedProcess[str]:
     """Train ``runs`` in one launch of ``ranks`` processes (1: plain python, no launcher)."""
     listing = folder / "runs.json"
     listing.write_text(json.dumps(runs))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), str(WORKER), str(listing)]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), str(worker), str(listing)]
     launcher_variables = (
         "RANK",
         "WORLD_SIZE",
