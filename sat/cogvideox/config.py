@@ -239,6 +239,10 @@ class TrainConfig:
     # None keeps all.
     max_nonfinite_steps: int = 20
     # Consecutive steps with a non-finite loss or gradient after which the run stops.
+    profile_steps: list[int] | None = None
+    # [first, last]: these steps are recorded by torch's profiler, into run.dir/profile. None: none.
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    # The ranks that record.
     trackers: list[str] = field(default_factory=list)
     # Any of wandb, tensorboard. metrics.jsonl is always written.
     resume: str = "auto"

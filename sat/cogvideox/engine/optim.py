@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogvideox import dist
 from cogvideox.build import factory
 from cogvideox.config import Part, TrainConfig
+from cogvideox.engine.profile import check_profile
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = ("constant", "cosine", "linear")
@@ -50,6 +52,7 @@ def check_train_config(config: TrainConfig, device: torch.device) -> None:
         value = getattr(config, key)
         if value is not None and value < least:
             raise ValueError(f"train.{key}={value}: expected at least {least}")
+    check_profile(config.profile_steps, config.profile_ranks, config.steps, dist.world_size())
 
 
 def build_optimizer(
