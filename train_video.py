@@ -17,7 +17,8 @@ from cogvideox import environment
 from cogvideox.build import build
 from cogvideox.command_line import add_config_arguments, leave, parse, run_door
 from cogvideox.config import Config, ConfigError, Part, load_config, save_config, to_yaml
-from cogvideox.plan import describe
+from cogvideox.flops import clip_of, model_flops
+from cogvideox.plan import describe, lora_parameters
 from cogvideox.sampling.prompts import make_requests
 
 
@@ -60,6 +61,7 @@ def train(config: Config) -> None:
     from cogvideox.data.overlap import warn_of_overlap
     from cogvideox.engine.logging import get_logger
     from cogvideox.engine.optim import check_train_config
+    from cogvideox.engine.resources import Resources
     from cogvideox.engine.trainer import Trainer
     from cogvideox.evaluation.held_out import build_validation
     from cogvideox.sampling.preview import Previews
@@ -67,6 +69,7 @@ def train(config: Config) -> None:
     from cogvideox.weights.sources import Sources
 
     dist.init(config.train.timeout_minutes)
+    resources = Resources(dist.device())  # counts from the start of the process
     logger = get_logger()  # from here on rank 0 speaks
     check_train_config(config.train, dist.device())
     requests = make_requests(config.train.preview_prompts, config.seed)
@@ -88,7 +91,8 @@ def train(config: Config) -> None:
     if config.data.latent_cache or config.data.text_cache:
         # Before the network's weights are there: the memory that encoding needs is free, and none of it stays.
         sets = [train_set] if validation_set is None else [train_set, validation_set]
-        train_set, validation_set = [*with_caches(system, sets, prompts), None][:2]
+        with resources("cache"):
+            train_set, validation_set = [*with_caches(system, sets, prompts), None][:2]
     if prompts:
         system.check_prompts(prompts)
     system.load_weights()
@@ -123,6 +127,8 @@ def train(config: Config) -> None:
             "sources": sources.records(),
             "command": shlex.join(sys.argv),
         },
+        work=work_of(config),
+        resources=resources,
     )
     if dist.is_main():
         describe_run(config)  # only now: a mistake above leaves no folder behind
@@ -142,6 +148,17 @@ def describe_run(config: Config) -> None:
     with (folder / "command.txt").open("a") as file:
         ranks = f"{environment.world_size()} ranks, {environment.versions()}"
         file.write(f"{shlex.join(sys.argv)}\n  {ranks}\n")
+
+
+def work_of(config: Config):
+    """What a training step does for one clip; None where no transformer is trained."""
+    from cogvideox.engine.instruments import Work
+
+    if config.model.transformer is None or config.vae is None:
+        return None
+    clip = clip_of(config, config.data)
+    adapters = lora_parameters(config) if config.lora else 0
+    return Work(model_flops(config, clip, adapters), clip.tokens)
 
 
 def loaded_paths(config: Config) -> dict[str, str]:

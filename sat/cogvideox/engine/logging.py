@@ -6,12 +6,10 @@ import json
 import logging
 import math
 import os
-import resource
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cogvideox import dist
-
-_GIB = 2**30
 
 
 class _ConsoleHandler(logging.Handler):
@@ -45,10 +41,11 @@ def get_logger() -> logging.Logger:
 
 
 class Means:
-    """Running means of 0-d tensors on their device; ranks and devices are only waited for when they are read.
+    """Running means of tensors on their device; ranks and devices are only waited for when they are read.
 
-    Values that are not finite do not count: a skipped step leaves the mean of the others, and a metric that exists in
-    some steps only (the loss of a timestep band without a sample) may be NaN in the rest.
+    A 0-d tensor is one value, another one as many as it has elements (one for each clip of a batch). Values that are
+    not finite do not count: a skipped step leaves the mean of the others, and a metric that exists in some steps only
+    (the loss of a timestep band without a sample) may be NaN in the rest.
     """
 
     def __init__(self) -> None:
@@ -60,10 +57,10 @@ class Means:
             value = value.detach().float()
             finite = torch.isfinite(value)
             if name not in self._sums:
-                self._sums[name] = torch.zeros_like(value)
-                self._counts[name] = torch.zeros_like(value)
-            self._sums[name] += torch.where(finite, value, 0.0)
-            self._counts[name] += finite
+                self._sums[name] = value.new_zeros(())
+                self._counts[name] = value.new_zeros(())
+            self._sums[name] += torch.where(finite, value, 0.0).sum()
+            self._counts[name] += finite.sum()
 
     def state(self) -> dict[str, tuple[float, float]]:
         """Name -> (sum, count) of this rank; exact in JSON."""
@@ -90,50 +87,6 @@ def combine(parts: list[dict[str, tuple[float, float]]]) -> dict[str, float | No
         total, count = math.fsum(p[0] for p in pairs), sum(p[1] for p in pairs)
         means[name] = total / count if count else None
     return means
-
-
-class Stopwatch:
-    """Wall time per step since the last reading, apart the part spent waiting for data."""
-
-    def __init__(self) -> None:
-        self._seconds = self._data = 0.0
-        self._steps = 0
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds += time.perf_counter() - start
-        self._steps += 1
-
-    @contextmanager
-    def data(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._data += time.perf_counter() - start
-
-    def flush(self, samples_per_step: int) -> dict[str, float]:
-        steps, seconds, data = self._steps, self._seconds, self._data
-        self.__init__()
-        if not steps:
-            return {}
-        return {
-            "perf/step_s": seconds / steps,
-            "perf/data_s": data / steps,
-            "perf/samples_s": samples_per_step * steps / seconds,
-        }
-
-
-def memory(device: torch.device) -> dict[str, float]:
-    """Peak memory of this process in GiB: of the accelerator's allocator, or of the process on a CPU."""
-    if device.type == "cpu":
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-        return {"mem/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB}
-    module = torch.get_device_module(device)
-    return {
-        "mem/alloc_gib": module.max_memory_allocated(device) / _GIB,
-        "mem/reserved_gib": module.max_memory_reserved(device) / _GIB,
-    }
 
 
 class Tracker(Protocol):
@@ -202,7 +155,7 @@ class RunLog:
 def console_line(
     step: int, steps: int, record: Mapping[str, float | None], seconds_left: float | None
 ) -> str:
-    """``step  120/1800  loss 0.1234  grad 0.56  lr 1.0e-04  0.181 s/step  data 0.002 s  3.2 GiB  left 0:05:12``"""
+    """``step  120/1800  loss 0.1234  grad 0.56  lr 1.0e-04  0.181 s/step  data 0.002 s    9600 tok/s  left 0:05:12``"""
     columns = (
         ("train/loss", "loss {:.4f}"),
         ("val/loss", "val {:.4f}"),
@@ -212,6 +165,8 @@ def console_line(
         ("train/lr", "lr {:.2e}"),
         ("perf/step_s", "{:.3f} s/step"),
         ("perf/data_s", "data {:.3f} s"),
+        ("perf/tokens_s", "{:6.0f} tok/s"),
+        ("perf/mfu", "MFU {:5.1%}"),
         ("mem/rss_gib", "{:.1f} GiB"),
         ("mem/alloc_gib", "{:.1f} GiB"),
     )

@@ -25,7 +25,8 @@ from cogvideox.config import TrainConfig
 from cogvideox.dist import RandomStreams
 from cogvideox.engine import checkpoint, report
 from cogvideox.engine.ema import EMA, numel
-from cogvideox.engine.logging import Means, RunLog, Stopwatch, check_trackers, get_logger, memory
+from cogvideox.engine.instruments import Instruments, Work
+from cogvideox.engine.logging import Means, RunLog, check_trackers, get_logger
 from cogvideox.engine.optim import (
     build_optimizer,
     check_train_config,
@@ -34,6 +35,8 @@ from cogvideox.engine.optim import (
     learning_rate_factor,
     trainer_checks_gradients,
 )
+from cogvideox.engine.resources import Resources
+from cogvideox.engine.summary import write_summary
 from cogvideox.engine.validation import evaluating
 from cogvideox.weights import provenance
 
@@ -65,6 +68,8 @@ class Trainer:
         validate: Callable[[nn.Module], dict[str, float | None]] | None = None,
         preview: Callable[[nn.Module, int], dict[str, Any] | None] | None = None,
         facts: Callable[[], dict[str, Any]] = dict,
+        work: Work | None = None,
+        resources: Resources | None = None,
         decay_norms_and_biases: bool = False,
     ):
         """validate(module) -> metrics and preview(module, step) -> JSON values are called on every rank, in evaluation
@@ -74,6 +79,11 @@ class Trainer:
 
         facts(), called on rank 0 at each save: what else a checkpoint's record (``weights.provenance``) says of the
         run, as JSON values: ``config``, ``dataset``, ``sources`` ... The last preview is a part of that record.
+
+        work: of a training step for one sample, for tokens/s, FLOP/s and MFU. resources: the process's own account, if
+        it has kept one so far. A module that has the attribute ``phases`` is given the trainer's (``phases.Phases``),
+        and one that has ``parameter_group(name)`` names the groups whose norms are logged. A metric of the module may
+        also have one element per sample; each counts as a value of its own.
         """
         check_train_config(config, dist.device())
         check_trackers(config.trackers)
@@ -115,7 +125,10 @@ class Trainer:
         )
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
         self.grad_norm: Tensor | float = 0.0
-        self.means, self.stopwatch = Means(), Stopwatch()
+        self.samples_seen = 0
+        self.means = Means()
+        self.instruments = Instruments(self.engine, optimizer, config, self.run_dir, work)
+        self.phases, self.resources = self.instruments.phases, resources or Resources(self.engine.device)
         if self.start_from is not None:
             self._resume(self.start_from)
 
@@ -128,20 +141,23 @@ class Trainer:
         config = self.config
         log = RunLog(self.run_dir, steps=config.steps, start=self.step, trackers=config.trackers)
         stopping = False
+        self.resources.begin("train")
         with StopSignal() as stop:
             batches = self.loader.iterate(self.step * config.gradient_accumulation_steps)
             try:
                 if self.step == 0 and self._is_evaluated(last=False):
                     log.write(0, self._evaluated())
                 while self.step < config.steps and not stopping:
-                    with self.stopwatch.step():
+                    is_logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.steps
+                    with self.instruments.step(self.step + 1, is_logged):
                         self._train_step(batches)
                     self.step += 1
+                    self.samples_seen += self.instruments.samples_per_step * dist.world_size()
                     log.advance()
                     stopping = stop.agreed()
                     last = self.step == config.steps
                     record: dict[str, float | None] = {}
-                    if self._is_due(config.log_every) or last:
+                    if is_logged:
                         record |= self._measured()
                     if self._is_evaluated(last):
                         record |= self._evaluated()
@@ -150,15 +166,18 @@ class Trainer:
                     is_saved = self._is_due(config.save_every) or last or stopping
                     if is_saved:
                         log.sync()
-                        self._save()
+                        with self.resources("save"):
+                            self._save()
                     # After the save: a kill during a long rendering costs no training step.
                     if not stopping and self._is_previewed(last, is_saved):
                         self._render_preview(is_saved)
             finally:
                 batches.close()  # ends its worker processes
+                self.instruments.close()
                 log.close()
         if dist.is_main() and log.path.stat().st_size:
             report.loss_curve(self.run_dir)
+        write_summary(self, self.skipped_steps)
         if stopping and self.step < config.steps:
             self.logger.info(
                 f"stopped by {stop.name} after step {self.step}, which is saved; run the same command to go on"
@@ -167,7 +186,7 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[Any]) -> None:
         """One optimizer step over ``gradient_accumulation_steps`` batches. Nothing here waits for the device."""
-        config, engine = self.config, self.engine
+        config, engine, phases = self.config, self.engine, self.phases
         self._set_learning_rate(
             learning_rate_factor(
                 self.step,
@@ -178,20 +197,23 @@ class Trainer:
             )
         )
         for micro_step in range(config.gradient_accumulation_steps):
-            with self.stopwatch.data():
+            with phases("data"):
                 batch = dist.to_device(next(batches), engine.device)
             rng = RandomStreams.at(
                 self.seed, self.step, micro_step, dist.rank(), dist.world_size(), engine.device
             )
             rng.seed_global()
-            loss, metrics = engine(batch, rng)
-            engine.backward(poisoned_if_not_finite(loss))
+            with phases("forward"):
+                loss, metrics = engine(batch, rng)
+            with phases("backward"):
+                engine.backward(poisoned_if_not_finite(loss))
             self.means.add(
                 {"train/loss": loss, **{f"train/{name}": value for name, value in metrics.items()}}
             )
-            if self.checks_gradients and engine.is_gradient_accumulation_boundary():
-                self.grad_norm = clip_or_drop_gradients(engine.module, config.gradient_clipping)
-            engine.step()
+            with phases("optimizer"):
+                if self.checks_gradients and engine.is_gradient_accumulation_boundary():
+                    self.grad_norm = clip_or_drop_gradients(engine.module, config.gradient_clipping)
+                engine.step()
         if self.checks_gradients:
             was_applied = bool(torch.isfinite(self.grad_norm))
         else:
@@ -200,7 +222,8 @@ class Trainer:
         if was_applied:
             self.skipped_in_a_row = 0
             if self.ema is not None:
-                self.ema.update()
+                with phases("optimizer"):
+                    self.ema.update()
         else:
             self._count_skipped(batch, loss)
 
@@ -222,23 +245,23 @@ class Trainer:
 
     def _measured(self) -> dict[str, float | None]:
         """What is logged of training since the last time: here the device is waited for."""
-        config = self.config
-        samples = config.batch_size * config.gradient_accumulation_steps * dist.world_size()
+        gradient_norm = float(self.grad_norm)
         return {
             **self.means.flush(),
-            "train/grad_norm": float(self.grad_norm),
+            "train/grad_norm": gradient_norm,
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "train/skipped_steps": float(self.skipped_steps),
-            **self.stopwatch.flush(samples),
-            **memory(self.engine.device),
+            "train/samples": float(self.samples_seen),
+            **self.instruments.read(gradient_norm),
+            **self.resources.metrics(),
         }
 
     def _evaluated(self) -> dict[str, float | None]:
-        with self._evaluation() as module:
+        with self.resources("validate"), self._evaluation() as module:
             return self.validate(module)
 
     def _render_preview(self, is_saved: bool) -> None:
-        with self._evaluation() as module:
+        with self.resources("preview"), self._evaluation() as module:
             rendered = self.preview(module, self.step)
         self.previewed = rendered or self.previewed
         if rendered and is_saved:
@@ -282,9 +305,11 @@ class Trainer:
                 "skipped_steps": self.skipped_steps,
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "samples_per_step": self.config.batch_size * self.config.gradient_accumulation_steps,
+                "samples_seen": self.samples_seen,
                 # A save between two logging steps: what was measured so far counts in the next line.
                 "means": dist.gather(self.means.state()),
                 "validation": getattr(self.validate, "state", lambda: None)(),
+                "resources": self.resources.state(),
                 provenance.KEY: self._record(),
             },
         )
@@ -304,7 +329,9 @@ class Trainer:
         state = self.checkpoints.load(folder)
         self.step = state["step"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+        self.samples_seen = state["samples_seen"]
         self.means.load(state["means"][dist.rank()], self.engine.device)
+        self.resources.load(state["resources"])
         self.previewed = state.get(provenance.KEY, {}).get("preview")
         getattr(self.validate, "load", lambda state: None)(state.get("validation"))
         samples = self.config.batch_size * self.config.gradient_accumulation_steps
