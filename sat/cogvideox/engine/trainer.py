@@ -175,6 +175,7 @@ class Trainer:
                 batches.close()  # ends its worker processes
                 self.instruments.close()
                 log.close()
+        self.resources.begin("report")
         if dist.is_main() and log.path.stat().st_size:
             report.loss_curve(self.run_dir)
         write_summary(self, self.skipped_steps)
