@@ -248,14 +248,14 @@ class VideoDiffusion(nn.Module):
         if "moments" in batch:
             moments = batch["moments"].to(self.device).float()
         else:
-            with self.phases("vae"):
-                moments = self.vae_moments(batch["video"])
+            moments = self.vae_moments(batch["video"])
         latents = sample_posterior(moments, generator=generator) * self.config.vae.scale_factor
         return pad_front(latents, self.patch_t)
 
     def vae_moments(self, video: Tensor) -> Tensor:
         """video (B, F, 3, H, W), uint8 or in [-1, 1] -> moments (B, T, 2C, h, w), float32, unscaled."""
-        return self.frozen_vae.moments(video.to(self.device)).float()
+        with self.phases("vae"):
+            return self.frozen_vae.moments(video.to(self.device)).float()
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """pixels (B, F, 3, H, W) in [-1, 1] -> scaled latents (B, T, C, h, w): what image conditions are given.
