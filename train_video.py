@@ -60,6 +60,7 @@ def train(config: Config) -> None:
     from cogvideox.data.loader import ResumableLoader
     from cogvideox.engine.logging import get_logger
     from cogvideox.engine.optim import check_train_config
+    from cogvideox.engine.same_config import check_same_clips, check_same_run
     from cogvideox.engine.trainer import Trainer
     from cogvideox.engine.validation import HeldOutLoss
     from cogvideox.sampling.preview import Previews
@@ -69,9 +70,14 @@ def train(config: Config) -> None:
     dist.init(config.train.timeout_minutes)
     logger = get_logger()  # from here on rank 0 speaks
     check_train_config(config.train, dist.device())
+    accepted = check_same_run(config)
     requests = make_requests(config.train.preview_prompts, config.seed)
     train_set = open_data(config, config.data.path)
     validation_set = open_data(config, config.data.validation_path) if config.data.validation_path else None
+    fingerprint = dataset_fingerprint(train_set) if dist.is_main() else None
+    accepted += check_same_clips(config, fingerprint)
+    for difference in accepted:
+        logger.info(f"other than at the checkpoint: {difference}")
 
     dist.seed_everything(config.seed)
     system = build(config.system, config=config)
@@ -101,7 +107,6 @@ def train(config: Config) -> None:
         batches = FixedBatches(validation_set, config.train.batch_size, config.train.validation_batches)
         validate = HeldOutLoss(batches, config.seed)
 
-    fingerprint = dataset_fingerprint(train_set) if dist.is_main() else None
     sources = Sources(loaded_paths(config), Path(config.run.dir) / "sources.json", weights_digests(config))
     trainer = Trainer(
         system,
@@ -118,6 +123,7 @@ def train(config: Config) -> None:
             "sources": sources.records(),
             "command": shlex.join(sys.argv),
         },
+        accepted=accepted,
     )
     if dist.is_main():
         describe_run(config)  # only now: a mistake above leaves no folder behind

@@ -36,6 +36,8 @@ __all__ = [
 class RunConfig:
     dir: str | None = None
     # The run folder: the same command with the same folder resumes. None: runs/<names of the YAML files>.
+    force: bool = False
+    # Go on from a checkpoint although keys that change the training differ from its own; they are listed.
 
 
 @dataclass
@@ -209,6 +211,9 @@ class TrainConfig:
     # Clips per rank and micro-step.
     optimizer: Part
     gradient_accumulation_steps: int = 1
+    global_batch_size: int | None = None
+    # Clips per optimizer step over all ranks: the micro-steps follow from it, so another number of ranks trains the
+    # same batches. None: batch_size * gradient_accumulation_steps * ranks.
     gradient_clipping: float = 1.0
     # Maximum L2 norm of the gradient; 0 is off.
     precision: str = "bf16"
@@ -230,7 +235,11 @@ class TrainConfig:
     preview_every: int | None = None
     # None: with every checkpoint.
     keep_checkpoints: int | None = 3
-    # None keeps all.
+    # The newest so many; None keeps all.
+    keep_best: bool = True
+    # And, of those saved at a step that was validated, the one with the lowest held-out loss.
+    keep_every: int | None = None
+    # And those of every so many steps. None: no others.
     max_nonfinite_steps: int = 20
     # Consecutive steps with a non-finite loss or gradient after which the run stops.
     trackers: list[str] = field(default_factory=list)

@@ -29,9 +29,12 @@ WIDTH = 6
 
 
 class Toy(nn.Module):
-    """Every kind of randomness and parameter: a norm, biases, dropout, local and shared noise, a frozen layer."""
+    """Every kind of randomness and parameter: a norm, biases, dropout, local and shared noise, a frozen layer.
 
-    def __init__(self, dropout: float = 0.1, noise: float = 0.1):
+    lora_rank: freeze it all and train two factors of a change of the first layer's weight instead.
+    """
+
+    def __init__(self, dropout: float = 0.1, noise: float = 0.1, lora_rank: int | None = None):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
@@ -39,30 +42,36 @@ class Toy(nn.Module):
         self.dropout, self.noise = nn.Dropout(dropout), noise
         for parameter in self.parameters():
             parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        self.lora_A = self.lora_B = None
+        if lora_rank is not None:
+            self.requires_grad_(False)
+            self.lora_A = nn.Parameter(torch.randn(lora_rank, WIDTH, generator=generator))
+            self.lora_B = nn.Parameter(torch.zeros(16, lora_rank))
 
     def forward(self, batch: dict[str, Tensor], rng: dist.RandomStreams) -> tuple[Tensor, dict[str, Tensor]]:
         x = batch["x"].to(self.first.weight.dtype)
         x = x + self.noise * torch.randn(x.shape, generator=rng.local, device=x.device).to(x)
         shift = torch.randn((), generator=rng.shared, device=x.device).to(x)
-        y = self.last(self.dropout(self.norm(torch.tanh(self.first(self.frozen(x)))))) + self.noise * shift
+        z = self.frozen(x)
+        h = self.first(z) if self.lora_A is None else self.first(z) + z @ self.lora_A.T @ self.lora_B.T
+        y = self.last(self.dropout(self.norm(torch.tanh(h)))) + self.noise * shift
         loss = (y.float() - batch["y"]).square().mean()
         return loss * batch["spoil"], {"mean": y.detach().float().mean()}
 
 
 class ToyLoader:
-    """Batch k of rank r: the samples (k * ranks + r) * size and following. ``before(k, batch)`` is the test's hook."""
+    """The k-th batch of rank r: samples (k * ranks + r) * size and following. ``before(k, batch)`` is the test's."""
 
     def __init__(self, size: int, before: Callable[[int, dict[str, Any]], None] = lambda k, batch: None):
         self.size, self.before = size, before
 
     def iterate(self, start: int) -> Iterator[dict[str, Any]]:
-        k = start
+        everyone = self.size * dist.world_size()
         while True:
-            first = (k * dist.world_size() + dist.rank()) * self.size
-            batch = samples(first, self.size)
-            self.before(k, batch)
+            batch = samples(start + dist.rank() * self.size, self.size)
+            self.before(start // everyone, batch)
             yield batch
-            k += 1
+            start += everyone
 
 
 def samples(first: int, count: int) -> dict[str, Any]:
@@ -96,7 +105,23 @@ def make_trainer(run: dict[str, Any], module: nn.Module | None = None) -> Traine
         deepspeed_overrides=run.get("deepspeed"),
         seed=SEED,
         validate=held_out,
+        preview=Preview(Path(run["run_dir"])) if run.get("preview") else None,
     )
+
+
+class Preview:
+    """Stands for videos: what the module makes of one sample, written by rank 0 in two halves."""
+
+    def __init__(self, run_dir: Path):
+        self.folder = run_dir / "previews"
+
+    def __call__(self, module: nn.Module, step: int) -> dict[str, Any]:
+        _, metrics = module(samples(20_000, 1), dist.RandomStreams.at(SEED, 0))
+        if dist.is_main():
+            self.folder.mkdir(exist_ok=True)
+            for half in ("first", "second"):
+                (self.folder / f"{step}_{half}.txt").write_text(f"{metrics['mean'].item()!r}\n")
+        return {"step": step}
 
 
 def accident(run: dict[str, Any], k: int, batch: dict[str, Any]) -> None:

@@ -45,6 +45,8 @@ def check_train_config(config: TrainConfig, device: torch.device) -> None:
         "validate_every": 1,
         "preview_every": 1,
         "keep_checkpoints": 1,
+        "keep_every": 1,
+        "global_batch_size": 1,
         "max_nonfinite_steps": 1,
     }.items():
         value = getattr(config, key)

@@ -2,15 +2,19 @@
 
 The module is any ``nn.Module`` with ``module(batch, rng) -> (loss, metrics)``: a 0-d loss that carries gradients and a
 dict of 0-d tensors to log. The loader is anything with ``iterate(start) -> endless generator of batches``, where
-``start`` counts the batches (one per micro-step) that this rank has already taken. Worker processes of a loader must
+``start`` counts the clips that all ranks together have already taken: the next micro-step takes the clips
+[start, start + batch_size * ranks), of which this rank gets its share. Worker processes of a loader must
 ignore SIGTERM and SIGINT: launchers signal whole sessions, and a worker that dies ends the run before it is saved.
 """
 
 from __future__ import annotations
 
+import math
+import shlex
 import signal
+import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +24,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cogvideox import dist
+from cogvideox import dist, environment
 from cogvideox.config import TrainConfig
 from cogvideox.dist import RandomStreams
 from cogvideox.engine import checkpoint, report
+from cogvideox.engine.checkpoint_folders import KeepRule
 from cogvideox.engine.ema import EMA, numel
+from cogvideox.engine.events import Events
+from cogvideox.engine.global_batch import clips_per_step, with_accumulation
 from cogvideox.engine.logging import Means, RunLog, Stopwatch, check_trackers, get_logger, memory
 from cogvideox.engine.optim import (
     build_optimizer,
@@ -66,6 +73,7 @@ class Trainer:
         preview: Callable[[nn.Module, int], dict[str, Any] | None] | None = None,
         facts: Callable[[], dict[str, Any]] = dict,
         decay_norms_and_biases: bool = False,
+        accepted: Sequence[str] = (),
     ):
         """validate(module) -> metrics and preview(module, step) -> JSON values are called on every rank, in evaluation
         mode, with the averaged weights where there are any: every ``validate_every`` and ``preview_every`` steps, and
@@ -73,14 +81,18 @@ class Trainer:
 
         facts(), called on rank 0 at each save: what else a checkpoint's record (``weights.provenance``) says of the
         run, as JSON values: ``config``, ``dataset``, ``sources`` ... The last preview is a part of that record.
+
+        accepted: how the configuration differs from that of the checkpoint, in words, for the record of the resume.
         """
         check_train_config(config, dist.device())
         check_trackers(config.trackers)
+        config = with_accumulation(config, dist.world_size())
         self.config, self.loader, self.run_dir, self.seed = config, loader, Path(run_dir), seed
         self.validate, self.preview, self.facts = validate, preview, facts
         self.previewed: dict[str, Any] | None = None
         self.logger = get_logger()
-        self.start_from = checkpoint.find(self.run_dir / "checkpoints", config.resume)
+        self.events, self.accepted = Events(self.run_dir), list(accepted)
+        self.start_from = checkpoint.choose(self.run_dir / "checkpoints", config.resume, self.events)
 
         optimizer = build_optimizer(module, config.optimizer, decay_norms_and_biases)
         self.optimizer, self.base_learning_rates = (
@@ -94,6 +106,13 @@ class Trainer:
             world_size=dist.world_size(),
             device=dist.device(),
         )
+        fits = {
+            "precision": config.precision,
+            "zero_stage": settings["zero_optimization"]["stage"],
+            "parameters": checkpoint.trained_parameters(module, optimizer),
+        }
+        if self.start_from is not None:
+            checkpoint.check_fits(self.start_from, fits)
         self._set_learning_rate(0.0)  # DeepSpeed's stage 0 takes a step on zero gradients when it starts
         deepspeed = dist.import_deepspeed()
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
@@ -107,12 +126,16 @@ class Trainer:
         self.checkpoints = checkpoint.Checkpoints(
             self.engine,
             self.run_dir / "checkpoints",
-            precision=config.precision,
-            keep=config.keep_checkpoints,
+            fits=fits,
+            keep=KeepRule(config.keep_checkpoints, config.keep_best, config.keep_every),
+            timeout_minutes=config.timeout_minutes,
             ema=self.ema,
             config_file=self.run_dir / "config.yaml",
         )
-        self.step = self.skipped_steps = self.skipped_in_a_row = 0
+        self.step = self.samples_seen = self.skipped_steps = self.skipped_in_a_row = 0
+        self.best: dict[str, float] | None = None
+        # {"step", "val/loss"} of the lowest held-out loss so far.
+        self.resumed: dict[str, Any] | None = None
         self.grad_norm: Tensor | float = 0.0
         self.means, self.stopwatch = Means(), Stopwatch()
         if self.start_from is not None:
@@ -125,29 +148,38 @@ class Trainer:
         cannot be written.
         """
         config = self.config
-        log = RunLog(self.run_dir, steps=config.steps, start=self.step, trackers=config.trackers)
+        log = RunLog(
+            self.run_dir,
+            steps=config.steps,
+            start=-1 if self.resumed is None else self.step,
+            trackers=config.trackers,
+        )
+        self._say_started()
         stopping = False
         with StopSignal() as stop:
-            batches = self.loader.iterate(self.step * config.gradient_accumulation_steps)
+            batches = self.loader.iterate(self.samples_seen)
             try:
                 while self.step < config.steps and not stopping:
                     with self.stopwatch.step():
                         self._train_step(batches)
                     self.step += 1
+                    self.samples_seen += clips_per_step(config, dist.world_size())
                     log.advance()
                     stopping = stop.agreed()
                     last = self.step == config.steps
                     record: dict[str, float | None] = {}
                     if self._is_due(config.log_every) or last:
                         record |= self._measured()
+                    held_out = None
                     if self._is_evaluated(last):
                         record |= self._evaluated()
+                        held_out = self._compared(record.get("val/loss"))
                     if record:
                         log.write(self.step, record)
                     is_saved = self._is_due(config.save_every) or last or stopping
                     if is_saved:
                         log.sync()
-                        self._save()
+                        self._save(held_out)
                     # After the save: a kill during a long rendering costs no training step.
                     if not stopping and self._is_previewed(last, is_saved):
                         self._render_preview(is_saved)
@@ -220,13 +252,13 @@ class Trainer:
     def _measured(self) -> dict[str, float | None]:
         """What is logged of training since the last time: here the device is waited for."""
         config = self.config
-        samples = config.batch_size * config.gradient_accumulation_steps * dist.world_size()
         return {
             **self.means.flush(),
             "train/grad_norm": float(self.grad_norm),
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "train/skipped_steps": float(self.skipped_steps),
-            **self.stopwatch.flush(samples),
+            "train/samples": float(self.samples_seen),
+            **self.stopwatch.flush(clips_per_step(config, dist.world_size())),
             **memory(self.engine.device),
         }
 
@@ -272,18 +304,30 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
-    def _save(self) -> None:
+    def _save(self, held_out: float | None) -> None:
+        """held_out: the loss on held-out clips at this step; None where it was not measured."""
         self.checkpoints.save(
             self.step,
             {
+                "samples_seen": self.samples_seen,
+                "global_batch_size": clips_per_step(self.config, dist.world_size()),
                 "skipped_steps": self.skipped_steps,
                 "skipped_in_a_row": self.skipped_in_a_row,
-                "samples_per_step": self.config.batch_size * self.config.gradient_accumulation_steps,
+                "val/loss": held_out,
+                "best": self.best,
                 # A save between two logging steps: what was measured so far counts in the next line.
                 "means": dist.gather(self.means.state()),
                 provenance.KEY: self._record(),
             },
         )
+
+    def _compared(self, loss: float | None) -> float | None:
+        """Remember the best held-out loss; returns ``loss``, or None if it is no number."""
+        if loss is None or not math.isfinite(loss):
+            return None
+        if self.best is None or loss < self.best["val/loss"]:
+            self.best = {"step": self.step, "val/loss": loss}
+        return loss
 
     def _record(self) -> dict[str, Any]:
         """Where the weights come from, for those who find only the checkpoint; complete on rank 0."""
@@ -297,18 +341,43 @@ class Trainer:
         )
 
     def _resume(self, folder: Path) -> None:
+        hyperparameters = [dict(group) for group in self.optimizer.param_groups]
         state = self.checkpoints.load(folder)
-        self.step = state["step"]
+        for group, mine in zip(self.optimizer.param_groups, hyperparameters, strict=True):
+            # The checkpoint's come with its groups; run.force may have let others pass.
+            group.update({key: mine[key] for key in self.config.optimizer.params.keys() & mine.keys()})
+        self.step, self.samples_seen, self.best = state["step"], state["samples_seen"], state["best"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
-        self.means.load(state["means"][dist.rank()], self.engine.device)
+        # Of the ranks that were, each counts once: those of rank 5 go to rank 1 of 4, none to a rank that is new.
+        self.means.load(state["means"][dist.rank() :: dist.world_size()], self.engine.device)
         self.previewed = state.get(provenance.KEY, {}).get("preview")
-        samples = self.config.batch_size * self.config.gradient_accumulation_steps
-        if samples != state["samples_per_step"]:
+        before, now = state["global_batch_size"], clips_per_step(self.config, dist.world_size())
+        if now != before:
             self.logger.warning(
-                f"{folder} took {state['samples_per_step']} clips per rank and step, this run takes {samples}: "
-                f"the order of the clips does not go on where it ended"
+                f"a step takes {now} clips from here on, {before} before: the learning rate was chosen for those. The "
+                f"order of the clips goes on where it ended; train.global_batch_size={before} keeps the batch on any "
+                f"number of ranks"
             )
+        self.resumed = {
+            "checkpoint": str(folder),
+            "step": self.step,
+            "samples": self.samples_seen,
+            "world_size": {"before": state["world_size"], "now": dist.world_size()},
+            "global_batch_size": {"before": before, "now": now},
+            "accepted": self.accepted,
+        }
         self.logger.info(f"resumed from {folder}: {self.step} of {self.config.steps} steps are done")
+
+    def _say_started(self) -> None:
+        self.events.write(
+            "started",
+            ranks=dist.world_size(),
+            steps=self.config.steps,
+            versions=environment.versions(),
+            command=shlex.join(sys.argv),
+        )
+        if self.resumed is not None:
+            self.events.write("resumed", **self.resumed)
 
 
 def poisoned_if_not_finite(loss: Tensor) -> Tensor:
