@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -13,6 +14,9 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+
+if TYPE_CHECKING:
+    from workers.fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +37,15 @@ def _few_threads() -> None:
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    """Starts runs in processes of their own without the seconds that imports take; see ``workers/fork_server.py``."""
+    from workers.fork_server import ForkServer
+
+    with ForkServer() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

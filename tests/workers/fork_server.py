@@ -59,7 +59,7 @@ class ForkServer:
     ) -> list[int]:
         """One attempt; returns each rank's exit code, -9 for one that was killed.
 
-        job: {"toy": an entry of train_toy.py} or {"door": the arguments of train_video.py}.  log: gets what the ranks
+        job: {"toy": entries of train_toy.py} or {"door": the arguments of train_video.py}.  log: gets what the ranks
         print.  kill: {"rank", "at", "count"}: -9 at the count-th time that this rank comes to "file" (it creates,
         renames or removes one in the run folder), "write" (into a file of a checkpoint), "validate" or "preview"
         (their beginnings and ends); or {"rank", "seconds"}: so long after its training loop began.
@@ -179,7 +179,7 @@ def live(order: dict[str, Any], rank: int, port: int, begins: int) -> None:
                 "MASTER_PORT": str(port),
             }
         job, kill = order["job"], order["kill"]
-        run_dir = job["toy"]["run_dir"] if "toy" in job else value_of("run.dir", job["door"])
+        run_dir = job["toy"][0]["run_dir"] if "toy" in job else value_of("run.dir", job["door"])
         watch_for_moments(run_dir, kill if kill.get("rank") == rank else {}, begins)
         code = train(job)
     except BaseException:
@@ -196,7 +196,7 @@ def train(job: dict[str, Any]) -> int:
     if "toy" in job:
         from workers import train_toy
 
-        train_toy.main([job["toy"]])
+        train_toy.main(job["toy"])
         return 0
     import train_video
     from cogvideox.command_line import run_door

@@ -88,8 +88,10 @@ def samples(first: int, count: int) -> dict[str, Any]:
     }
 
 
-def train_config(lr: float = 0.01, **fields: Any) -> TrainConfig:
-    optimizer = Part("torch.optim.AdamW", {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.1})
+def train_config(lr: float = 0.01, optimizer: Any = None, **fields: Any) -> TrainConfig:
+    """optimizer: {"target", "params"}; None: AdamW with ``lr``."""
+    adamw = {"target": "torch.optim.AdamW", "params": {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.1}}
+    optimizer = Part(**(optimizer or adamw))
     defaults = {"steps": 6, "batch_size": 2, "precision": "fp32", "log_every": 1, "save_every": 1000}
     return TrainConfig(**{"optimizer": optimizer, "timeout_minutes": 2.0, **defaults, **fields})
 
@@ -126,6 +128,9 @@ class Preview:
 
 def accident(run: dict[str, Any], k: int, batch: dict[str, Any]) -> None:
     """What the test wants to happen to this rank before batch ``k``."""
+    if run.get("list_clips"):
+        with (Path(run["run_dir"]) / f"clips_{dist.rank()}.txt").open("a") as file:
+            file.writelines(f"{key}\n" for key in batch["key"])
     if dist.rank() == dist.world_size() - 1:
         if k == run.get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -147,13 +152,64 @@ def die_in_save(step: int) -> None:
     os.rename = killed
 
 
+def export(trainer: Trainer, path: str) -> None:
+    """What the ranks hold together: masters, moments and averages by parameter, joined in the order of the ranks."""
+    slices = dist.gather(_slices(trainer.engine))
+    state: dict[str, Any] = {
+        name: torch.cat([part[name] for part in slices if name in part])
+        for name in dict.fromkeys(name for part in slices for name in part)
+    }
+    shares = dist.gather((trainer.ema.updates, trainer.ema.shadow))
+    state |= {f"{name} average": shadow for _, share in shares for name, shadow in share.items()}
+    state["settings"] = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in trainer.optimizer.param_groups
+    ]
+    state["updates"] = [updates for updates, _ in shares][0]
+    if dist.is_main():
+        torch.save(state, path)
+
+
+def _slices(engine: Any) -> dict[str, Tensor]:
+    """This rank's slices, by parameter and kind; under ZeRO-3 rank 0 has them whole, as DeepSpeed joins them."""
+    kinds = ("fp32", "exp_avg", "exp_avg_sq")
+    if engine.zero_optimization_stage() == 3:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+        whole = {f"{name} fp32": safe_get_full_fp32_param(p) for name, p in trained}
+        whole |= {
+            f"{name} {kind}": safe_get_full_optimizer_state(p, kind)
+            for kind in kinds[1:]
+            for name, p in trained
+        }
+        return {name: tensor.flatten() for name, tensor in whole.items()} if dist.is_main() else {}
+    optimizer = engine.optimizer
+    bf16 = getattr(optimizer, "fp32_groups_flat_partition", None)  # stage 1 in bf16 has a class of its own
+    flats = optimizer.single_partition_of_fp32_groups if bf16 is None else bf16
+    slices = {}
+    for flat, addresses in zip(flats, optimizer._param_slice_mappings, strict=True):
+        vectors = {"fp32": flat} | optimizer.optimizer.state[flat]
+        for name, address in addresses.items():
+            for kind in kinds:
+                slices[f"{name} {kind}"] = (
+                    vectors[kind].narrow(0, address.start, address.numel).detach().clone()
+                )
+    return slices
+
+
 def main(runs: list[dict[str, Any]]) -> None:
     dist.init(timeout_minutes=2.0, model_parallel=False)
     for run in runs:
         if "die_in_save" in run:
             die_in_save(run["die_in_save"])
         try:
-            result: dict[str, Any] = dataclasses.asdict(make_trainer(run).run())
+            trainer = make_trainer(run)
+            if "export_before" in run:
+                export(trainer, run["export_before"])
+            result: dict[str, Any] = dataclasses.asdict(trainer.run())
+            if "export_after" in run:
+                export(trainer, run["export_after"])
         except (FloatingPointError, OSError, ValueError) as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         (Path(run["run_dir"]) / f"result_{dist.rank()}.json").write_text(json.dumps(result))

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cogvideox import dist
+from cogvideox.engine import durable
 
 _GIB = 2**30
 
@@ -254,8 +255,9 @@ class WandbTracker:
         import wandb
 
         id_file = run_dir / "wandb_id"
-        run_id = id_file.read_text().strip() if id_file.is_file() else uuid.uuid4().hex[:8]
-        id_file.write_text(run_id)
+        if not id_file.is_file():
+            durable.replace(id_file, uuid.uuid4().hex[:8])
+        run_id = id_file.read_text().strip()
         try:
             self.run = wandb.init(
                 project="cogvideox", name=run_dir.name, id=run_id, resume="allow", dir=str(run_dir)
