@@ -378,6 +378,13 @@ class Trainer:
         )
         if self.resumed is not None:
             self.events.write("resumed", **self.resumed)
+        saved, validated = self.config.save_every, self.config.validate_every
+        if self.validate is not None and self.config.keep_best and validated and saved % validated:
+            self.logger.info(
+                f"train.keep_best chooses among the steps that are validated and saved, every "
+                f"{math.lcm(saved, validated)} and the last: train.save_every={saved} is no multiple of "
+                f"train.validate_every={validated}"
+            )
 
 
 def poisoned_if_not_finite(loss: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def _check_optimizer(path: Path, stage: int, load_file: _Load) -> None:
 
 def _load_buffers(engine: Any, folder: Path, load_file: _Load) -> None:
     """The module's buffers, which a universal checkpoint leaves out."""
-    names = engine.module.state_dict().keys() - {name for name, _ in engine.module.named_parameters()}
+    names = {name for name, _ in engine.module.named_buffers()} & engine.module.state_dict().keys()
     if names:
         path = min(folder.glob("*_model_states.pt"))
         module = load_file(str(path), map_location="cpu")["module"]
