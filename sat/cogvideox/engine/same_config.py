@@ -150,7 +150,7 @@ def _why_free(difference: Difference, config: Config, state: Mapping[str, Any]) 
         return f"still {now} clips per step" if now == state.get("global_batch_size") else None
     if key == "data.path":
         return "the clips are compared by their fingerprint"
-    if key == "data.latent_cache" and None not in (difference.old, difference.new):
+    if key in ("data.latent_cache", "data.text_cache") and None not in (difference.old, difference.new):
         return "its entries go by what they were made from"
     section, _, name = key.partition(".")
     if section == "load" and name in COMPONENTS and None not in (difference.old, difference.new):
