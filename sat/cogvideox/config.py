@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox.config_merge import ConfigError, Part, dump_yaml, merge_files, set_by_path, to_dataclass
-from cogvideox.diffusion.names import GUIDANCES, SAMPLERS, target_of
+from cogvideox.diffusion.names import GUIDANCES, LOSSES, SAMPLERS, TIMESTEPS, target_of
+from cogvideox.optimizer_names import OPTIMIZERS, check_installed
 
 __all__ = [
     "Config",
@@ -77,7 +78,7 @@ class ModelConfig:
     timesteps: Part = field(default_factory=lambda: Part("cogvideox.diffusion.timesteps.StratifiedTimesteps"))
     # How training timesteps are drawn.
     loss: Part = field(default_factory=lambda: Part("cogvideox.diffusion.loss.v_prediction_loss"))
-    # (prediction, target, t, schedule) -> (loss, metrics).
+    # (prediction, target, t, schedule) -> (loss, metrics). min_snr, debiased ...: diffusion/names.py has the short names.
     offset_noise: float = 0.0
     # Standard deviation of a constant added to each sample's noise; 0 is off.
     conditions: list[Part] = field(default_factory=list)
@@ -171,9 +172,21 @@ class LoraConfig:
     alpha: float = 1.0
     # The update is scaled by alpha / rank. 1 is SAT's value; diffusers users expect alpha = rank.
     layers: list[str] = field(default_factory=lambda: ["query_key_value", "dense"])
-    # Names of the linear layers inside a transformer layer.
+    # Linear layers by pattern (patterns.py): the end of a path such as dense or adaLN_modulations.*, or re:EXPRESSION.
     transformer_layers: list[int] | None = None
-    # Indices of the transformer layers. None: all.
+    # Indices of the transformer layers. None: all. Layers outside of them are chosen by ``layers`` alone.
+    rank_pattern: dict[str, Any] = field(default_factory=dict)
+    # Pattern -> rank, in place of ``rank``; the first that matches counts.
+    alpha_pattern: dict[str, Any] = field(default_factory=dict)
+    # Pattern -> alpha, in place of ``alpha``.
+    rslora: bool = False
+    # The update is scaled by alpha / sqrt(rank) (Kalajdzievski 2023): its size does not depend on the rank.
+    dropout: float = 0.0
+    # Of the adapters' input, in training.
+    dora: bool = False
+    # Train the length of each row of the weight apart from its direction (Liu et al. 2024). Exported merged.
+    quantize_base: str | None = None
+    # The frozen linear layers of the transformer's layers in eight bits: int8, fp8, torchao_int8, torchao_fp8.
 
 
 @dataclass
@@ -203,11 +216,26 @@ class DataConfig:
 
 
 @dataclass
+class GroupConfig:
+    pattern: str
+    # Which parameters, by name (patterns.py): the end of a path, or re:EXPRESSION. The first group that matches counts.
+    lr_scale: float | None = None
+    # Their learning rate is that of the optimizer times this. None: 1.
+    lr: float | None = None
+    # Their learning rate. None: by lr_scale.
+    weight_decay: float | None = None
+    # None: the optimizer's, and 0 for norms and biases.
+
+
+@dataclass
 class TrainConfig:
     steps: int
     batch_size: int
     # Clips per rank and micro-step.
     optimizer: Part
+    # adamw, muon, adamw_8bit ...: optimizer_names.py has the short names.
+    groups: list[GroupConfig] = field(default_factory=list)
+    # Parameters with a learning rate or weight decay of their own; docs/optimizers.md.
     gradient_accumulation_steps: int = 1
     gradient_clipping: float = 1.0
     # Maximum L2 norm of the gradient; 0 is off.
@@ -347,8 +375,16 @@ def config_from_dict(tree: dict[str, Any], overrides: list[str] | tuple[str, ...
     tree = copy.deepcopy(tree)
     for override in overrides:
         set_by_path(tree, override)
-    for key, known in (("sampler", SAMPLERS), ("guidance", GUIDANCES)):
+    for key, known in (
+        ("sampler", SAMPLERS),
+        ("guidance", GUIDANCES),
+        ("model.loss", LOSSES),
+        ("model.timesteps", TIMESTEPS),
+        ("train.optimizer", OPTIMIZERS),
+    ):
         _spell_out(tree, key, known)
+    _check_optimizer(tree)
+    _check_quantized_base(tree)
     config = to_dataclass(Config, tree)
     check(config)
     return config
@@ -356,13 +392,45 @@ def config_from_dict(tree: dict[str, Any], overrides: list[str] | tuple[str, ...
 
 def _spell_out(tree: dict[str, Any], key: str, known: dict[str, str]) -> None:
     """``sampler=heun`` and ``sampler.target=heun`` become the full path, in place; see ``diffusion.names``."""
-    part = tree.get(key)
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.get(section)
+        if not isinstance(tree, dict):
+            return
+    part = tree.get(name)
     part = {"target": part} if isinstance(part, str) else part
     if isinstance(part, dict) and isinstance(part.get("target"), str):
         try:
-            tree[key] = {**part, "target": target_of(part["target"], known, key)}
+            tree[name] = {**part, "target": target_of(part["target"], known, key)}
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+
+def _check_optimizer(tree: dict[str, Any]) -> None:
+    """Before targets are looked for: a library that is missing, and a learning rate that got lost with another target."""
+    train = tree.get("train")
+    part = train.get("optimizer") if isinstance(train, dict) else None
+    if not isinstance(part, dict) or part.get("target") not in OPTIMIZERS.values():
+        return
+    try:
+        check_installed(part["target"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if "lr" not in (part.get("params") or {}):
+        raise ConfigError(
+            "train.optimizer.params.lr is missing: an optimizer that takes the place of another keeps none of its "
+            "params; give train.optimizer.params.lr=... and what else differs from its defaults"
+        )
+
+
+def _check_quantized_base(tree: dict[str, Any]) -> None:
+    section = tree.get("lora")
+    if isinstance(section, dict) and section.get("quantize_base") is not None and "rank" not in section:
+        raise ConfigError(
+            f"lora.quantize_base={section['quantize_base']} without a LoRA: rounded weights cannot be trained, an "
+            f"update of a few parts in a thousand would be lost in the rounding. Add configs/lora.yaml (or lora.rank), "
+            f"or train in full without lora.quantize_base"
+        )
 
 
 def save_config(config: Config, path: str | Path) -> None:
