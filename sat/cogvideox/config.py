@@ -18,7 +18,7 @@ from typing import Any
 
 from cogvideox.config_merge import ConfigError, Part, dump_yaml, merge_files, set_by_path, to_dataclass
 from cogvideox.diffusion.names import GUIDANCES, LOSSES, SAMPLERS, TIMESTEPS, target_of
-from cogvideox.optimizer_names import OPTIMIZERS, check_installed
+from cogvideox.optimizer_names import OPTIMIZERS, check_installed, check_zero
 
 __all__ = [
     "Config",
@@ -492,9 +492,13 @@ def check(config: Config) -> None:
             f"sample.text_encoder_device={config.sample.text_encoder_device!r}: expected cpu, or null for that "
             f"of the network"
         )
-    if config.train is not None and config.train.preview_prompts:
-        _check_previews(config)
     if config.train is not None:
+        try:
+            check_zero(config.train.optimizer.target, config.deepspeed.get("zero_optimization") or {})
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if config.train.preview_prompts:
+            _check_previews(config)
         _check_validation(config.train)
     for index, part in enumerate(config.model.conditions):
         length = part.params.get("max_length")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,30 @@ def check_installed(target: str) -> None:
         f"train.optimizer.target={target} needs {library}, which is not installed: pip install {library}, or use "
         f"train.optimizer=adamw, which needs nothing"
     )
+
+
+def check_zero(target: str, zero: Mapping[str, Any]) -> None:
+    """Raise ValueError where an optimizer cannot work on what DeepSpeed hands it.
+
+    zero: the section ``deepspeed.zero_optimization``; ZeRO-2 where it names no stage.
+    """
+    if target == "torch.optim.Muon":
+        raise ValueError(
+            "train.optimizer.target=torch.optim.Muon takes nothing but whole matrices: use train.optimizer=muon, which "
+            "trains the rest by AdamW and works on what ZeRO 1 and 2 leave of them"
+        )
+    known, stage = known_optimizer(target), zero.get("stage", 2)
+    if stage not in known.zero_stages:
+        raise ValueError(
+            f"train.optimizer.target={target} works on whole matrices, of which each rank holds a slice under "
+            f"deepspeed.zero_optimization.stage={stage}: set it to {', '.join(map(str, known.zero_stages))}, or use "
+            f"train.optimizer=adamw"
+        )
+    if 3 not in known.zero_stages:
+        for key in ("offload_optimizer", "cpu_offload", "round_robin_gradients"):
+            value = zero.get(key)
+            if value and not (isinstance(value, Mapping) and value.get("device") == "none"):
+                raise ValueError(
+                    f"train.optimizer.target={target} does not work with deepspeed.zero_optimization.{key}: leave it "
+                    f"out, or use train.optimizer=adamw"
+                )

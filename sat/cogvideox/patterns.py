@@ -46,11 +46,13 @@ def check_used(patterns: Iterable[str], paths: Iterable[str], key: str) -> None:
 def nearest(pattern: str, paths: Iterable[str]) -> str:
     """``did you mean 'dense'? For example ...``: the ends of paths that look like ``pattern``."""
     paths = list(paths)
-    plain = re.sub(r"^re:|[*?\\^$()]", "", pattern)
-    # Ends of as many words as the pattern has, so that ``attention.dens`` is compared with ``attention.dense``.
-    words = plain.strip(".").count(".") + 1
-    ends = dict.fromkeys(".".join(path.split(".")[-words:]) for path in paths)
-    near = difflib.get_close_matches(plain, [*ends, *paths], n=1)
+    plain = re.sub(r"^re:|[*?\\^$()]", "", pattern).strip(".")
+    words = plain.count(".") + 1
+    candidates = list(paths)
+    for path in paths:  # every run of as many words, so that ``attention.dens`` finds ``attention.dense``
+        parts = path.split(".")
+        candidates += [".".join(parts[i : i + words]) for i in range(len(parts) - words + 1)]
+    near = difflib.get_close_matches(plain, list(dict.fromkeys(candidates)), n=1)
     if near:
         return f"did you mean {near[0]!r}?"
     last = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cogvideox import dist
 from cogvideox.command_line import leave
-from cogvideox.config import Part, TrainConfig
+from cogvideox.config import GroupConfig, Part, TrainConfig
 from cogvideox.engine.trainer import Trainer
 from cogvideox.engine.validation import HeldOutLoss
 
@@ -86,7 +86,11 @@ def train_config(lr: float = 0.01, **fields: Any) -> TrainConfig:
 
 
 def make_trainer(run: dict[str, Any], module: nn.Module | None = None) -> Trainer:
-    config = train_config(**run.get("train", {}))
+    fields = dict(run.get("train", {}))
+    if "optimizer" in fields:
+        fields["optimizer"] = Part(**fields["optimizer"])
+    fields["groups"] = [GroupConfig(**group) for group in fields.get("groups", [])]
+    config = train_config(**fields)
     held_out = HeldOutLoss([samples(10_000 + 2 * i, 2) for i in range(3)], SEED)
     return Trainer(
         module or Toy(**run.get("toy", {})),

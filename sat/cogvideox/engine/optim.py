@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cogvideox.build import factory
-from cogvideox.config import Part, TrainConfig
+from cogvideox.config import GroupConfig, Part, TrainConfig
+from cogvideox.engine.groups import parameter_groups
+from cogvideox.engine.logging import get_logger
+from cogvideox.optimizer_names import check_zero
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = ("constant", "cosine", "linear")
@@ -53,24 +56,54 @@ def check_train_config(config: TrainConfig, device: torch.device) -> None:
 
 
 def build_optimizer(
-    module: nn.Module, part: Part, decay_norms_and_biases: bool = False
+    module: nn.Module,
+    part: Part,
+    decay_norms_and_biases: bool = False,
+    rules: Sequence[GroupConfig] = (),
 ) -> torch.optim.Optimizer:
-    """The optimizer of ``part`` over the trainable parameters of ``module``.
+    """The optimizer of ``part`` over the trainable parameters of ``module``, in groups (``engine.groups``).
 
-    Weight decay is for matrices: norms' gains and all biases (parameters of fewer than two dimensions) go without,
-    unless ``decay_norms_and_biases``; pulling a norm's gain to 0 does not regularise, it shrinks the layer's output.
+    Weight decay is for matrices: norms' gains and all biases go without, unless ``decay_norms_and_biases`` or a rule.
     """
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("nothing to train: every parameter of the model is frozen")
-    if decay_norms_and_biases:
-        groups: list[dict[str, Any]] = [{"params": trainable}]
-    else:
-        groups = [
-            {"params": [p for p in trainable if p.ndim >= 2]},
-            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-        ]
-    return factory(part, params=[group for group in groups if group["params"]])()
+    # YAML 1.1 readers hand over 1e-4 as a string.
+    lr = float(part.params["lr"]) if "lr" in part.params else None
+    groups, lines = parameter_groups(trainable, rules, lr, decay_norms_and_biases)
+    for line in lines:
+        get_logger().info("%s", line)
+    bound = factory(part, params=groups)
+    if not getattr(bound.func, "needs_names", False):
+        for group in groups:
+            del group["names"]
+    return bound()
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Iterable[float]) -> None:
+    """One for each group. Those of torchao hold theirs as a tensor, which must stay the same one."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def kept_in_full(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """(numbers whose state torchao keeps in 32 bits, all numbers that this rank updates).
+
+    torchao's low-bit states come in blocks: a tensor that they do not divide, or a small one, has none. Under ZeRO the
+    tensors are a rank's slices of whole groups. Call it once DeepSpeed has made them.
+    """
+    block = getattr(optimizer, "block_size", None)
+    sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
+    if block is None or not type(optimizer).__module__.startswith("torchao"):
+        return 0, sum(sizes)
+    return sum(n for n in sizes if n < 4096 or n % block), sum(sizes)
 
 
 def learning_rate_factor(
@@ -142,6 +175,7 @@ def deepspeed_config(
     stage = merged["zero_optimization"]["stage"]
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"deepspeed.zero_optimization.stage={stage!r}: expected 0, 1, 2 or 3")
+    check_zero(config.optimizer.target, merged["zero_optimization"])
     if trainer_checks_gradients(stage, config.precision):
         merged["gradient_clipping"] = 0.0  # done by clip_or_drop_gradients
     return merged

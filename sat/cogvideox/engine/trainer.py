@@ -31,7 +31,10 @@ from cogvideox.engine.optim import (
     check_train_config,
     clip_or_drop_gradients,
     deepspeed_config,
+    kept_in_full,
     learning_rate_factor,
+    learning_rates,
+    set_learning_rates,
     trainer_checks_gradients,
 )
 from cogvideox.engine.validation import evaluating
@@ -83,11 +86,8 @@ class Trainer:
         self.logger = get_logger()
         self.start_from = checkpoint.find(self.run_dir / "checkpoints", config.resume)
 
-        optimizer = build_optimizer(module, config.optimizer, decay_norms_and_biases)
-        self.optimizer, self.base_learning_rates = (
-            optimizer,
-            [group["lr"] for group in optimizer.param_groups],
-        )
+        optimizer = build_optimizer(module, config.optimizer, decay_norms_and_biases, config.groups)
+        self.optimizer, self.base_learning_rates = optimizer, learning_rates(optimizer)
         settings = deepspeed_config(
             config,
             deepspeed_overrides or {},
@@ -103,6 +103,9 @@ class Trainer:
         if stage == 0:
             self.engine.basic_optimizer.state.clear()  # ... which must not count in Adam's bias correction
         self.checks_gradients = trainer_checks_gradients(stage, config.precision)
+        in_full, updated = kept_in_full(optimizer)
+        if in_full:
+            self.logger.info(f"{in_full:,} of {updated:,} numbers of this rank keep optimizer states of 32 bits")
 
         self.ema = None if config.ema_decay is None else EMA(self.engine.module, config.ema_decay)
         self.checkpoints = checkpoint.Checkpoints(
@@ -206,8 +209,7 @@ class Trainer:
 
     def _set_learning_rate(self, factor: float) -> None:
         # Loading a checkpoint replaces the groups: they are looked up each time.
-        for group, base in zip(self.optimizer.param_groups, self.base_learning_rates, strict=True):
-            group["lr"] = base * factor
+        set_learning_rates(self.optimizer, [base * factor for base in self.base_learning_rates])
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0
@@ -227,7 +229,7 @@ class Trainer:
         return {
             **self.means.flush(),
             "train/grad_norm": float(self.grad_norm),
-            "train/lr": self.optimizer.param_groups[0]["lr"],
+            "train/lr": learning_rates(self.optimizer)[0],
             "train/skipped_steps": float(self.skipped_steps),
             **self.stopwatch.flush(samples),
             **memory(self.engine.device),
