@@ -46,7 +46,8 @@ ALLOWED = {
     "conditioning": {"cache"},
     "data": {"cache"},
     "weights": {"patterns"},
-    "plan": {"config", "config_merge", "optimizer_names", "patterns"},
+    "lora_sizes": {"config", "patterns"},
+    "plan": {"config", "config_merge", "lora_sizes", "optimizer_names"},
     "engine": {"config", "build", "dist", "environment", "optimizer_names", "patterns", "weights"},
     "convert": {"model", "vae", "weights"},
     "system_sampling": set(),
@@ -83,6 +84,7 @@ ALLOWED = {
         "config",
         "environment",
         "dist",
+        "model",
         "system",
         "system_sampling",
         "system_vae",
@@ -106,7 +108,7 @@ DOORS = {
     "tensorboardX": {"engine/logging.py"},
     "diffusers": {"convert/verify.py"},
     "huggingface_hub": {"weights/files/hub.py"},
-    "torchao": {"sampling/quantize.py"},
+    "torchao": {"model/quantize.py"},
 }
 
 

@@ -218,7 +218,7 @@ def test_an_adapted_network_is_one_graph() -> None:
         ({"rank": 0}, "lora.rank=0"),
         ({"alpha": 0}, "lora.alpha=0: expected a number other than 0"),
         ({"layers": ["query_key_values"]}, "'query_key_values'.*did you mean 'query_key_value'"),
-        ({"layers": ["to_q"]}, "no linear layer 'to_q'.*query_key_value, dense"),
+        ({"layers": ["to_q"]}, "'to_q' matches nothing; the names end in .*attention.dense"),
         ({"transformer_layers": [1, 2]}, r"transformer_layers=\[2\]: the network has layers 0 to 1"),
         ({"layers": []}, "choose no layer"),
     ],

@@ -16,7 +16,7 @@ from cogvideox.sampling.offload import (
     move_rest,
     repeated_layers,
 )
-from cogvideox.sampling.quantize import quantize
+from cogvideox.model.quantize import quantize
 
 CPU = torch.device("cpu")
 

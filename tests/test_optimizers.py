@@ -348,7 +348,7 @@ def test_eight_bit_adamw_trains_and_resumes_bit_for_bit(tmp_path: Path, stage: i
     with pytest.raises(KeyboardInterrupt):
         first.run()
     second = make_trainer(half, wide[2])
-    assert second.step == 4 and kept_in_full(second.optimizer)[0] < 300
+    assert second.step == 4 and kept_in_full(second.optimizer)[0] < 4100  # of 10,241
     second.run()
     assert logged(tmp_path / "half") == logged(tmp_path / "whole")
     losses = logged(tmp_path / "whole")

@@ -10,7 +10,7 @@ from torch import nn
 from transformer_cases import full, inputs, randomise, tiny
 
 from cogvideox.model.lora import inject_lora
-from cogvideox.sampling.quantize import EightBitLinear, check_method, quantize
+from cogvideox.model.quantize import EightBitLinear, check_method, quantize
 
 
 def linear(inputs: int = 64, outputs: int = 32, bias: bool = True) -> nn.Linear:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cogvideox.config import Config, DataConfig, SampleConfig, TransformerConfig, VAEConfig, latent_frames
+from cogvideox.lora_sizes import lora_parameters, quantized_base_saves
+from cogvideox.optimizer_names import known_optimizer
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -110,23 +112,6 @@ def t5_encoder_parameters(config: dict[str, Any]) -> int:
     layer = 4 * d * inner + (gates + 1) * d * ff + 2 * d
     positions = config.get("relative_attention_num_buckets", 32) * heads
     return config.get("vocab_size", 32128) * d + layers * layer + positions + d
-
-
-def lora_parameters(config: Config) -> int:
-    """A and B of every adapted linear layer; query_key_value holds three pairs."""
-    lora, d = config.lora, config.model.transformer.hidden_size
-    sizes = {
-        "query_key_value": 3 * (d + d),
-        "dense": d + d,
-        "dense_h_to_4h": d + 4 * d,
-        "dense_4h_to_h": 4 * d + d,
-    }
-    layers = (
-        config.model.transformer.num_layers
-        if lora.transformer_layers is None
-        else len(lora.transformer_layers)
-    )
-    return layers * lora.rank * sum(sizes[name] for name in lora.layers)
 
 
 @dataclass(frozen=True)
@@ -229,11 +214,11 @@ def training_memory(config: Config, world_size: int) -> dict[str, float]:
         total += text.parameters
     shard = {level: world_size if stage >= level else 1 for level in (1, 2, 3)}
     result = {
-        "weights": total * size / shard[3],
+        "weights": total * size / shard[3] - quantized_base_saves(config, size),
         "gradients": trained * size / shard[2],
         # ZeRO keeps its own fp32 copy of what it updates, in fp32 runs too.
         "fp32 masters": trained * 4 / shard[1] if stage or size < 4 else 0.0,
-        "optimizer states": trained * 4 * _optimizer_states(train.optimizer.target) / shard[1],
+        "optimizer states": trained * known_optimizer(train.optimizer.target).state_bytes / shard[1],
         "averaged weights (EMA)": trained * 4 / world_size if train.ema_decay else 0.0,
     }
     if config.model.transformer is None:
@@ -311,11 +296,6 @@ def trained_parameters(config: Config) -> int:
         return lora_parameters(config)
     text = text_encoder(config)
     return network_parameters(config) + (text.parameters if text and text.trained else 0)
-
-
-def _optimizer_states(target: str) -> int:
-    name = target.rpartition(".")[2].lower()
-    return 1 if name in ("sgd", "lion", "muon") else 2
 
 
 # ------------------------------------------------------------------------------------------------------- the text
