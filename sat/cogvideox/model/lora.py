@@ -88,30 +88,32 @@ class LoRALinear(nn.Module):
         if self.magnitude_gain is None:
             return y + update.to(y.dtype)
         # Written as a change of y, so that it is none at the start: ratio is exactly 1.
-        ratio = (1 + self.magnitude_gain.float()) * self._lengths_ratio()
+        lengths = self._lengths_ratio()
+        ratio = (1 + self.magnitude_gain.to(lengths.dtype)) * lengths
         product = y if self.original.bias is None else y - self.original.bias.to(y.dtype)
         return y + (ratio - 1).to(y.dtype) * product + ratio.to(y.dtype) * update.to(y.dtype)
 
     @torch.no_grad()
     def _lengths_ratio(self) -> Tensor:
-        """|W_i| / |W_i + s B_i A| of every row: (out,) float32, without ever holding B A.
+        """|W_i| / |W_i + s B_i A| of every row: (out,) float32 or wider, without ever holding B A.
 
         |W_i + s B_i A|^2 = |W_i|^2 + 2 s B_i (A W_i^T) + s^2 B_i (A A^T) B_i^T.
         """
-        before = self._row_lengths().square()
+        wide = torch.promote_types(self.matrix_A[0].dtype, torch.float32)
+        before = self._row_lengths(wide).square()
         added = []
         sizes = [len(up) for up in self.matrix_B]
         for index, (down, up) in enumerate(zip(self.matrix_A, self.matrix_B, strict=True)):
-            image = self._from_rows(self._image(down), dim=1).split(sizes, dim=1)[index].float()  # (r, out / parts)
-            down, up = down.float(), up.float()
+            image = self._from_rows(self._image(down), dim=1).split(sizes, dim=1)[index].to(wide)
+            down, up = down.to(wide), up.to(wide)  # image: (r, out / parts)
             added.append(self.scale * ((2 * image.T + self.scale * up @ (down @ down.T)) * up).sum(dim=1))
-        after = (before + self._to_rows(torch.cat(added), dim=0)).clamp(min=torch.finfo(torch.float32).tiny)
+        after = (before + self._to_rows(torch.cat(added), dim=0)).clamp(min=torch.finfo(wide).tiny)
         return (before / after).sqrt()
 
-    def _row_lengths(self) -> Tensor:
+    def _row_lengths(self, dtype: torch.dtype) -> Tensor:
         if isinstance(self.original, QuantizedLinear):
             return self.original.dequantised().norm(dim=1)
-        return torch.linalg.vector_norm(self.original.weight, dim=1, dtype=torch.float32)
+        return torch.linalg.vector_norm(self.original.weight, dim=1, dtype=dtype)
 
     def _image(self, down: Tensor) -> Tensor:
         """A W^T: (r, out)."""
