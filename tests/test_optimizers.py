@@ -28,7 +28,10 @@ CALM = {"dropout": 0.0, "noise": 0.0}
 STEPS = 8
 ADAMW = {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.1}
 # The last layer is AdamW's; the one matrix of Muon, 16 x 6, is cut in the middle by the border of two ranks.
-MUON = {"target": "cogvideox.engine.muon.Muon", "params": {"lr": 0.02, "weight_decay": 0.1, "exclude": ["last.*"]}}
+MUON = {
+    "target": "cogvideox.engine.muon.Muon",
+    "params": {"lr": 0.02, "weight_decay": 0.1, "exclude": ["last.*"]},
+}
 GROUPS = [
     {"pattern": "last.*", "lr_scale": 16.0},
     {"pattern": "re:(first|norm)\\.bias", "lr": 0.002, "weight_decay": 0.5},
@@ -91,7 +94,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("two_ranks")
     runs = [run(root, f"groups_zero{stage}", stage, groups=GROUPS) for stage in (0, 1, 2, 3)]
     runs += [run(root, f"muon_zero{stage}", stage, optimizer=MUON) for stage in (0, 1, 2)]
-    runs += [run(root, f"muon_bf16_zero{stage}", stage, optimizer=MUON, precision="bf16") for stage in (0, 1, 2)]
+    runs += [
+        run(root, f"muon_bf16_zero{stage}", stage, optimizer=MUON, precision="bf16") for stage in (0, 1, 2)
+    ]
     fused = {"target": "torch.optim.AdamW", "params": {**ADAMW, "fused": True}}
     runs += [run(root, "fused_zero2", 2, optimizer=fused, groups=GROUPS)]
     # Resumed in the same launch: the second trainer of a folder goes on from its checkpoint.
@@ -261,7 +266,9 @@ def test_each_short_name_leads_to_its_class_where_its_library_is_there() -> None
         library = target.partition(".")[0]
         override = [f"train.optimizer={name}", "train.optimizer.params.lr=1e-4"]
         if importlib.util.find_spec(library) is None:
-            with pytest.raises(ConfigError, match=f"{library}, which is not installed: pip install {library}"):
+            with pytest.raises(
+                ConfigError, match=f"{library}, which is not installed: pip install {library}"
+            ):
                 load_config(LORA, override)
         else:
             assert load_config(LORA, override).train.optimizer == Part(target, {"lr": 1e-4})
@@ -288,7 +295,10 @@ def test_each_short_name_leads_to_its_class_where_its_library_is_there() -> None
             ],
             "does not work with deepspeed.zero_optimization.offload_optimizer",
         ),
-        (["train.optimizer.target=torch.optim.Muon", "train.optimizer.params.lr=1"], "use train.optimizer=muon"),
+        (
+            ["train.optimizer.target=torch.optim.Muon", "train.optimizer.params.lr=1"],
+            "use train.optimizer=muon",
+        ),
     ],
 )
 def test_an_optimizer_that_cannot_be_is_one_clear_error(overrides: list[str], message: str) -> None:

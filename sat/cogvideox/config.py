@@ -78,7 +78,7 @@ class ModelConfig:
     timesteps: Part = field(default_factory=lambda: Part("cogvideox.diffusion.timesteps.StratifiedTimesteps"))
     # How training timesteps are drawn.
     loss: Part = field(default_factory=lambda: Part("cogvideox.diffusion.loss.v_prediction_loss"))
-    # (prediction, target, t, schedule) -> (loss, metrics). min_snr, debiased ...: diffusion/names.py has the short names.
+    # (prediction, target, t, schedule) -> (loss, metrics). Short names: min_snr, debiased ... (diffusion/names.py).
     offset_noise: float = 0.0
     # Standard deviation of a constant added to each sample's noise; 0 is off.
     conditions: list[Part] = field(default_factory=list)
@@ -407,7 +407,7 @@ def _spell_out(tree: dict[str, Any], key: str, known: dict[str, str]) -> None:
 
 
 def _check_optimizer(tree: dict[str, Any]) -> None:
-    """Before targets are looked for: a library that is missing, and a learning rate that got lost with another target."""
+    """Before targets are looked for: a library that is missing, a learning rate that got lost with another target."""
     train = tree.get("train")
     part = train.get("optimizer") if isinstance(train, dict) else None
     if not isinstance(part, dict) or part.get("target") not in OPTIMIZERS.values():

@@ -60,8 +60,9 @@ class LogitNormalTimesteps(StratifiedTimesteps):
 
 
 class ModeTimesteps(StratifiedTimesteps):
-    """t / N = 1 - u - scale (cos^2(pi u / 2) - 1 + u)  (SD3, section 3.1): scale > 0 has more of the middle, < 0 more of
-    the ends, 0 is uniform. scale: -1 to 2 / (pi - 2), where it is monotone.
+    """t / N = 1 - u - scale (cos^2(pi u / 2) - 1 + u)  (SD3, section 3.1).
+
+    scale: -1 to 2 / (pi - 2), where it is monotone; > 0 has more of the middle, < 0 more of the ends, 0 is uniform.
     """
 
     def __init__(self, scale: float = 1.29):

@@ -27,7 +27,9 @@ class WeightedLoss(ABC):
 
     def __init__(self, normalise: bool = True, huber: float | None = None):
         if huber is not None and not huber > 0:
-            raise ValueError(f"model.loss.params.huber={huber}: expected a positive number, or null for squares")
+            raise ValueError(
+                f"model.loss.params.huber={huber}: expected a positive number, or null for squares"
+            )
         self.normalise, self.huber = normalise, huber
         self._tables: dict[tuple[int, torch.device], tuple[ZeroSNRSchedule, Tensor]] = {}
 
@@ -118,7 +120,9 @@ class SNRPower(WeightedLoss):
     def __init__(self, k: float = 0.0, normalise: bool = True, huber: float | None = None):
         super().__init__(normalise, huber)
         if k < 0:
-            raise ValueError(f"model.loss.params.k={k}: expected at least 0, as snr^k is infinite at zero SNR")
+            raise ValueError(
+                f"model.loss.params.k={k}: expected at least 0, as snr^k is infinite at zero SNR"
+            )
         self.k = k
 
     def weight(self, snr: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ class SNRPower(WeightedLoss):
 
 
 class Debiased(WeightedLoss):
-    """sqrt(snr) / (snr + 1)  (Yu et al. 2023, "Debias the training of diffusion models": 1 / sqrt(snr) on the noise)."""
+    """sqrt(snr) / (snr + 1)  (Yu et al. 2023, "Debias the training of diffusion models": 1 / sqrt(snr) on noise)."""
 
     def weight(self, snr: Tensor) -> Tensor:
         return snr.sqrt() / (snr + 1)

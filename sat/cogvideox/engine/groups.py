@@ -62,7 +62,9 @@ def _check(rule: GroupConfig, key: str, lr: float | None) -> None:
     if rule.lr is not None and rule.lr_scale is not None:
         raise ValueError(f"{key}: lr={rule.lr} and lr_scale={rule.lr_scale}; give one of them")
     if rule.lr_scale is not None and lr is None:
-        raise ValueError(f"{key}.lr_scale={rule.lr_scale} needs train.optimizer.params.lr, which it multiplies")
+        raise ValueError(
+            f"{key}.lr_scale={rule.lr_scale} needs train.optimizer.params.lr, which it multiplies"
+        )
     for name in ("lr", "lr_scale", "weight_decay"):
         value = getattr(rule, name)
         if value is not None and value < 0:

@@ -30,7 +30,8 @@ class Muon(torch.optim.Optimizer):
     Muon is for hidden matrices: parameters of another number of dimensions than 2, and those whose name matches a
     pattern of ``exclude``, are trained by AdamW with ``betas`` and ``eps``.
     adjust_lr: "match_rms_adamw" multiplies the step by 0.2 sqrt(larger side), the size of AdamW's, so that its learning
-    rates serve (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4); "original": by sqrt(max(1, rows / columns)).
+    rates serve (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2); "original": by
+    sqrt(max(1, rows / columns)).
     """
 
     needs_names = True

@@ -105,7 +105,9 @@ class Trainer:
         self.checks_gradients = trainer_checks_gradients(stage, config.precision)
         in_full, updated = kept_in_full(optimizer)
         if in_full:
-            self.logger.info(f"{in_full:,} of {updated:,} numbers of this rank keep optimizer states of 32 bits")
+            self.logger.info(
+                f"{in_full:,} of {updated:,} numbers of this rank keep optimizer states of 32 bits"
+            )
 
         self.ema = None if config.ema_decay is None else EMA(self.engine.module, config.ema_decay)
         self.checkpoints = checkpoint.Checkpoints(

@@ -201,7 +201,10 @@ def _check_numbers(
     alpha_pattern: Mapping[str, float],
     dropout: float,
 ) -> None:
-    for key, value in (("lora.rank", rank), *((f"lora.rank_pattern.{p}", r) for p, r in rank_pattern.items())):
+    for key, value in (
+        ("lora.rank", rank),
+        *((f"lora.rank_pattern.{p}", r) for p, r in rank_pattern.items()),
+    ):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{key}={value}: expected at least 1")
     for key, value in (

@@ -36,7 +36,7 @@ _STORAGE = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 
 class _Product(torch.autograd.Function):
-    """x -> ``module.product(x)``, linear in x; the backward pass is ``module.transposed``, and no weight is kept for it."""
+    """x -> ``module.product(x)``, linear in x; backward is ``module.transposed``, and no cast weight is kept for it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: QuantizedLinear) -> Tensor:
@@ -192,7 +192,7 @@ class QuantizeReport:
 
 @torch.no_grad()
 def quantize(net: nn.Module, method: str, probe: Mapping[str, Any] | None = None) -> QuantizeReport:
-    """Store the linear layers inside ``net.transformer.layers`` in eight bits, in place, one after the other; to sample.
+    """Store the linear layers inside ``net.transformer.layers`` in eight bits, in place, one after another; to sample.
 
     method: one of METHODS.  probe: arguments of ``net`` with which its output before and after is compared (the
     report; two forward passes).  LoRA layers keep their matrices and lose bits in the layer that they adapt: merge

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from cogvideox.config import Config
+from cogvideox.model.quantize import check_method, quantize
 from cogvideox.sampling.memory_needs import CHUNK_ROWS, LADDER, Savings, stage_bytes
 from cogvideox.sampling.offload import LayerOffload, Turns, WholeOffload, move_rest, repeated_layers
-from cogvideox.model.quantize import check_method, quantize
 from cogvideox.system import VideoDiffusion
 
 logger = logging.getLogger("cogvideox")

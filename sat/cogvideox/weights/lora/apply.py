@@ -165,8 +165,8 @@ def _same_layers(file: LoraFile, wanted: Mapping[str, Any]) -> Matrices:
     hollow = [layer for layer, pairs in matrices.items() if None in pairs]
     if hollow:
         raise ValueError(
-            f"load.lora={file.path}: it has no update for a part of {hollow[0]} (q, k, v; norm1, norm2), and adapters have "
-            f"all: merge it into the base weights and train on those"
+            f"load.lora={file.path}: it has no update for a part of {hollow[0]} (q, k, v; norm1, norm2), and adapters "
+            f"have all: merge it into the base weights and train on those"
         )
     if matrices.keys() != wanted.keys():
         raise ValueError(
@@ -178,7 +178,9 @@ def _same_layers(file: LoraFile, wanted: Mapping[str, Any]) -> Matrices:
 
 def _layers(names: Mapping[str, object]) -> str:
     """``query_key_value, dense in layers 0-41``: what lora.layers and lora.transformer_layers say."""
-    found = {name: re.match(r"(?:transformer\.layers|.+\.adaLN_modulations)\.(\d+)\.", name) for name in names}
+    found = {
+        name: re.match(r"(?:transformer\.layers|.+\.adaLN_modulations)\.(\d+)\.", name) for name in names
+    }
     numbers = sorted({int(match[1]) for match in found.values() if match})
     # Of adaLN_modulations.7.1 and time_embed.0 the number alone says nothing.
     kinds = dict.fromkeys(

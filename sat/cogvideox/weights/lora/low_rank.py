@@ -28,7 +28,7 @@ class LowRank:
     # (out, r)
     scale: float = 1.0
     gain: Tensor | None = None
-    # DoRA: (out,), each row of the changed weight is given the length (1 + gain) |row of the weight before|. None: LoRA.
+    # DoRA: (out,), each changed row is given the length (1 + gain) |row of the weight before|. None: LoRA.
 
     @property
     def rank(self) -> int:
