@@ -6,6 +6,7 @@ import copy
 import importlib.util
 from pathlib import Path
 
+import pipeline_case as case
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from transformer_cases import diffusers_twin, full, inputs, randomise, run_twin,
 import cogvideox
 from cogvideox.config import ConfigError, load_config
 from cogvideox.convert.lora import largest_difference, write_lora
+from cogvideox.convert.models import convert_model
 from cogvideox.live_memory import LiveMemory
 from cogvideox.lora_sizes import linear_layers, lora_parameters
 from cogvideox.model.lora import (
@@ -29,11 +31,13 @@ from cogvideox.model.lora import (
     merge_lora,
 )
 from cogvideox.model.quantize import EightBitLinear, TorchaoLinear, quantize_base
+from cogvideox.model.transformer import PREFIX
 from cogvideox.plan import training_memory
 from cogvideox.weights.identify import identify
 from cogvideox.weights.lora.apply import add_to_network, applied, start_adapters
 from cogvideox.weights.lora.file import read_lora
-from cogvideox.weights.transformer_keys import SPLIT
+from cogvideox.weights.reader import WeightsReader
+from cogvideox.weights.transformer_keys import SPLIT, diffusers_to_sat
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EVERYWHERE = ["attention.*", "mlp.*", "adaLN_modulations.*", "text_proj", "time_embed.*", "final_layer.*"]
@@ -45,17 +49,20 @@ def adapted(kind: str = "5b", seed: int = 5, **options):
     net = randomise(tiny(kind))
     plain = copy.deepcopy(net)
     inject_lora(net, **({"rank": 3, "alpha": 2.0} | options))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in lora_state_dict(net).values():
-            value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    randomise_adapters(net, seed)
     return net, plain
+
+
+@torch.no_grad()
+def randomise_adapters(net, seed: int = 5) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for value in lora_state_dict(net).values():
+        value.copy_(0.2 * torch.randn(value.shape, generator=generator))
 
 
 def run_folder(net, folder: Path, section: str) -> Path:
     """The adapters as a run of ours leaves them: matrices, and the YAML with what they mean."""
-    prefix = "model.diffusion_model."
-    save_file({prefix + k: v.contiguous() for k, v in lora_state_dict(net).items()}, folder / "a.safetensors")
+    save_file({PREFIX + k: v.contiguous() for k, v in lora_state_dict(net).items()}, folder / "a.safetensors")
     (folder / "config.yaml").write_text(section)
     return folder
 
@@ -271,6 +278,30 @@ def test_a_dora_run_is_known_merged_and_not_written_as_lora(tmp_path: Path) -> N
         close(again(**inputs(again)), net(**inputs(net)))
 
 
+@pytest.mark.parametrize("to", ["diffusers", "sat"])
+def test_a_dora_is_exported_merged(to: str, tmp_path: Path) -> None:
+    """The converter adds it to the stored weights; the network merges it by itself."""
+    plain = case.network("5b")
+    base = case.write_sat_transformer(tmp_path / "base", plain)
+    net = copy.deepcopy(plain)
+    inject_lora(net, 3, 2.0, EVERYWHERE, dora=True)
+    randomise_adapters(net)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    dora = read_lora(run_folder(net, folder, "lora: {rank: 3, alpha: 2.0, dora: true}"))
+    done = convert_model(base, tmp_path / "out", to, component="transformer", loras=[(dora, 1.0)])
+    merge_lora(net)
+    expected = {name: value for name, value in net.state_dict().items() if "pos_embed" not in name}
+    reader = WeightsReader(done.output, "transformer", ema=False)
+    found = {name: reader.tensor(name) for name in reader.tensors}
+    if to == "diffusers":
+        found = diffusers_to_sat(found)
+    found = {name.removeprefix(PREFIX): value for name, value in found.items()}
+    assert expected.keys() <= found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-6)
+
+
 # --------------------------------------------------------------------------------------------------- eight-bit base
 
 
@@ -299,9 +330,7 @@ def test_a_quantized_base_has_the_output_and_gradients_of_its_dequantised_weight
     for one in (net, twin):
         inject_lora(one, 3, 2.0, dora=dora, generator=torch.Generator().manual_seed(0))
         freeze_base(one)
-        generator = torch.Generator().manual_seed(1)
-        for value in lora_state_dict(one).values():
-            value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+        randomise_adapters(one)
         one.transformer.checkpoint_activations = dora  # as large models are trained
         one(**inputs(one)).square().mean().backward()
     with torch.no_grad():

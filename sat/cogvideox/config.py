@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox.config_merge import ConfigError, Part, dump_yaml, merge_files, set_by_path, to_dataclass
-from cogvideox.diffusion.names import GUIDANCES, LOSSES, SAMPLERS, TIMESTEPS, target_of
-from cogvideox.optimizer_names import OPTIMIZERS, check_installed, check_zero
+from cogvideox.config_names import spell_out
+from cogvideox.optimizer_names import check_zero
 
 __all__ = [
     "Config",
@@ -375,62 +375,10 @@ def config_from_dict(tree: dict[str, Any], overrides: list[str] | tuple[str, ...
     tree = copy.deepcopy(tree)
     for override in overrides:
         set_by_path(tree, override)
-    for key, known in (
-        ("sampler", SAMPLERS),
-        ("guidance", GUIDANCES),
-        ("model.loss", LOSSES),
-        ("model.timesteps", TIMESTEPS),
-        ("train.optimizer", OPTIMIZERS),
-    ):
-        _spell_out(tree, key, known)
-    _check_optimizer(tree)
-    _check_quantized_base(tree)
+    spell_out(tree)
     config = to_dataclass(Config, tree)
     check(config)
     return config
-
-
-def _spell_out(tree: dict[str, Any], key: str, known: dict[str, str]) -> None:
-    """``sampler=heun`` and ``sampler.target=heun`` become the full path, in place; see ``diffusion.names``."""
-    *sections, name = key.split(".")
-    for section in sections:
-        tree = tree.get(section)
-        if not isinstance(tree, dict):
-            return
-    part = tree.get(name)
-    part = {"target": part} if isinstance(part, str) else part
-    if isinstance(part, dict) and isinstance(part.get("target"), str):
-        try:
-            tree[name] = {**part, "target": target_of(part["target"], known, key)}
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-
-def _check_optimizer(tree: dict[str, Any]) -> None:
-    """Before targets are looked for: a library that is missing, a learning rate that got lost with another target."""
-    train = tree.get("train")
-    part = train.get("optimizer") if isinstance(train, dict) else None
-    if not isinstance(part, dict) or part.get("target") not in OPTIMIZERS.values():
-        return
-    try:
-        check_installed(part["target"])
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if "lr" not in (part.get("params") or {}):
-        raise ConfigError(
-            "train.optimizer.params.lr is missing: an optimizer that takes the place of another keeps none of its "
-            "params; give train.optimizer.params.lr=... and what else differs from its defaults"
-        )
-
-
-def _check_quantized_base(tree: dict[str, Any]) -> None:
-    section = tree.get("lora")
-    if isinstance(section, dict) and section.get("quantize_base") is not None and "rank" not in section:
-        raise ConfigError(
-            f"lora.quantize_base={section['quantize_base']} without a LoRA: rounded weights cannot be trained, an "
-            f"update of a few parts in a thousand would be lost in the rounding. Add configs/lora.yaml (or lora.rank), "
-            f"or train in full without lora.quantize_base"
-        )
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -43,18 +43,27 @@ def linear_layers(t: TransformerConfig) -> dict[str, Size]:
 def lora_parameters(config: Config) -> int:
     """All that the section ``lora`` trains: A, B, and DoRA's gains. ValueError for a pattern that matches nothing."""
     lora, layers = config.lora, linear_layers(config.model.transformer)
-    check_used(lora.layers, layers, "lora.layers")
+    is_known = _is_ours(config.model.transformer)
+    if is_known:
+        check_used(lora.layers, layers, "lora.layers")
     chosen = {
         path: size
         for path, size in layers.items()
         if any(matcher(pattern)(path) for pattern in lora.layers) and _is_in(path, lora.transformer_layers)
     }
-    check_used(lora.rank_pattern, chosen, "lora.rank_pattern")
-    check_used(lora.alpha_pattern, chosen, "lora.alpha_pattern")
+    for key in ("rank_pattern", "alpha_pattern") if is_known else ():
+        check_used(getattr(lora, key), chosen, f"lora.{key}")
     return sum(
         value_of(lora.rank_pattern, path, lora.rank) * (parts * inputs + outputs)
         + (outputs if lora.dora else 0)
         for path, (inputs, outputs, parts) in chosen.items()
+    )
+
+
+def _is_ours(t: TransformerConfig) -> bool:
+    """Whether ``linear_layers`` knows them all."""
+    return all(
+        part.target.startswith("cogvideox.") for part in (t.position, t.patch_embed, t.adaln, t.final_layer)
     )
 
 
