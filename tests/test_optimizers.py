@@ -99,6 +99,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     fused = {"target": "torch.optim.AdamW", "params": {**ADAMW, "fused": True}}
     runs += [run(root, "fused_zero2", 2, optimizer=fused, groups=GROUPS)]
+    for stage in (0, 2, 3):
+        runs += [run(root, f"fp8_zero{stage}", stage, precision="bf16")]
+        runs[-1]["toy"] = CALM | {"quantize": "fp8"}
     # Resumed in the same launch: the second trainer of a folder goes on from its checkpoint.
     runs += [run(root, "half", 2, optimizer=MUON, steps=4), run(root, "half", 2, optimizer=MUON)]
     done = launch(runs, 2, root)
@@ -256,6 +259,30 @@ def _tensors(tree: Any) -> Any:
     elif isinstance(tree, dict | list):
         for item in tree.values() if isinstance(tree, dict) else tree:
             yield from _tensors(item)
+
+
+# --------------------------------------------------------------------------------------------------- eight-bit base
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_frozen_layer_in_eight_bits_stays_so_under_deepspeeds_bfloat16(two_ranks: Path, stage: int) -> None:
+    folder = two_ranks / f"fp8_zero{stage}"
+    assert json.loads((folder / "result_1.json").read_text())["frozen"] == "torch.float8_e4m3fn"
+    toy = Toy(**CALM, quantize="fp8")
+    groups = [
+        {"params": [toy.first.weight, toy.last.weight]},
+        {"params": [toy.first.bias, toy.norm.weight, toy.norm.bias, toy.last.bias], "weight_decay": 0.0},
+    ]
+    losses = plain_loop([torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)], toy, 4)
+    # bfloat16 has 8 bits: activations and weights are off by 2^-9 each.
+    assert logged(folder) == pytest.approx(losses, rel=0.05, abs=0.02)
+    saved = (
+        folder
+        / "checkpoints"
+        / str(STEPS)
+        / ("zero_pp_rank_0_" * (stage == 3) + "mp_rank_00_model_states.pt")
+    )
+    assert not [name for name in torch.load(saved, weights_only=False)["module"] if "frozen" in name]
 
 
 # ----------------------------------------------------------------------------------------------- names, bad input

@@ -23,6 +23,7 @@ from cogvideox.command_line import leave
 from cogvideox.config import GroupConfig, Part, TrainConfig
 from cogvideox.engine.trainer import Trainer
 from cogvideox.engine.validation import HeldOutLoss
+from cogvideox.model.quantize import EightBitLinear
 
 SEED = 7
 WIDTH = 6
@@ -31,7 +32,7 @@ WIDTH = 6
 class Toy(nn.Module):
     """Every kind of randomness and parameter: a norm, biases, dropout, local and shared noise, a frozen layer."""
 
-    def __init__(self, dropout: float = 0.1, noise: float = 0.1):
+    def __init__(self, dropout: float = 0.1, noise: float = 0.1, quantize: str | None = None):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
@@ -39,6 +40,8 @@ class Toy(nn.Module):
         self.dropout, self.noise = nn.Dropout(dropout), noise
         for parameter in self.parameters():
             parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        if quantize is not None:
+            self.frozen = EightBitLinear(self.frozen, quantize, persistent=False)
 
     def forward(self, batch: dict[str, Tensor], rng: dist.RandomStreams) -> tuple[Tensor, dict[str, Tensor]]:
         x = batch["x"].to(self.first.weight.dtype)
@@ -132,7 +135,9 @@ def main(runs: list[dict[str, Any]]) -> None:
         if "die_in_save" in run:
             die_in_save(run["die_in_save"])
         try:
-            result: dict[str, Any] = dataclasses.asdict(make_trainer(run).run())
+            trainer = make_trainer(run)
+            result: dict[str, Any] = dataclasses.asdict(trainer.run())
+            result["frozen"] = str(trainer.engine.module.frozen.weight.dtype)
         except (FloatingPointError, OSError, ValueError) as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         (Path(run["run_dir"]) / f"result_{dist.rank()}.json").write_text(json.dumps(result))
