@@ -207,6 +207,25 @@ def test_muon_on_whole_matrices_is_torchs(adjust: str) -> None:
         torch.testing.assert_close(p, twin, atol=2e-3, rtol=0)  # bfloat16 inside, 2^-8 of steps of 0.1 to 0.9
 
 
+def test_muon_on_a_flat_group_steps_as_on_its_matrices() -> None:
+    """As ZeRO hands it over on one rank: the matrices of a group end to end, and some padding."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((4, 6), (5, 3), (2, 8))
+    matrices = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in matrices] + [torch.zeros(5)]))
+    names = ["a", "b", "c"]
+    whole, slices = (Muon([{"params": matrices, "names": names}], lr=0.1, weight_decay=0.2) for _ in range(2))
+    slices.param_groups[0]["params"] = [flat]
+    for _ in range(3):
+        for p in matrices:
+            p.grad = torch.randn(p.shape, generator=generator)
+        flat.grad = torch.cat([p.grad.flatten() for p in matrices] + [torch.zeros(5)])
+        whole.step()
+        slices.step()
+    expected = torch.cat([p.detach().flatten() for p in matrices] + [torch.zeros(5)])
+    torch.testing.assert_close(flat.detach(), expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_muon_on_two_ranks_gives_the_losses_of_torchs_muon_and_adamw(

@@ -72,9 +72,13 @@ def _is_in(path: str, transformer_layers: list[int] | None) -> bool:
     return transformer_layers is None or index is None or int(index[1]) in transformer_layers
 
 
-def quantized_base_saves(config: Config, bytes_per_weight: int) -> int:
-    """How many bytes ``lora.quantize_base`` takes less: one for a weight, and a fp32 scale for each row."""
+def quantized_base(config: Config) -> tuple[int, int]:
+    """(parameters that ``lora.quantize_base`` stores in eight bits, the bytes that they take): 1 each, 4 for a row."""
     if config.lora is None or config.lora.quantize_base is None:
-        return 0
+        return 0, 0
     inside = [size for path, size in linear_layers(config.model.transformer).items() if ".layers." in path]
-    return sum(inputs * outputs * (bytes_per_weight - 1) - 4 * outputs for inputs, outputs, _ in inside)
+    weights, rows = (
+        sum(inputs * outputs for inputs, outputs, _ in inside),
+        sum(outputs for _, outputs, _ in inside),
+    )
+    return weights, weights + 4 * rows

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cogvideox.config import Config, DataConfig, SampleConfig, TransformerConfig, VAEConfig, latent_frames
-from cogvideox.lora_sizes import lora_parameters, quantized_base_saves
+from cogvideox.lora_sizes import lora_parameters, quantized_base
 from cogvideox.optimizer_names import known_optimizer
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -213,8 +213,9 @@ def training_memory(config: Config, world_size: int) -> dict[str, float]:
     if text and text.trained:
         total += text.parameters
     shard = {level: world_size if stage >= level else 1 for level in (1, 2, 3)}
+    quantized, quantized_bytes = quantized_base(config)  # buffers, which no stage divides
     result = {
-        "weights": total * size / shard[3] - quantized_base_saves(config, size),
+        "weights": (total - quantized) * size / shard[3] + quantized_bytes,
         "gradients": trained * size / shard[2],
         # ZeRO keeps its own fp32 copy of what it updates, in fp32 runs too.
         "fp32 masters": trained * 4 / shard[1] if stage or size < 4 else 0.0,
