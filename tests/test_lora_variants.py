@@ -414,6 +414,12 @@ def test_a_quantized_base_without_a_lora_is_refused(overrides: list[str], messag
         load_config([CONFIGS / "cogvideox_2b.yaml", CONFIGS / "sft.yaml"], overrides)
 
 
+def test_torchao_under_zero_3_is_refused() -> None:
+    overrides = ["lora.quantize_base=torchao_int8", "deepspeed.zero_optimization.stage=3"]
+    with pytest.raises(ConfigError, match="use lora.quantize_base=int8, or stage 2"):
+        load_config([CONFIGS / "cogvideox_2b.yaml", CONFIGS / "lora.yaml"], overrides)
+
+
 def test_an_unknown_form_or_a_missing_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="lora.quantize_base='int4': expected null or one of int8, fp8"):
         quantize_base(tiny("5b"), "int4")

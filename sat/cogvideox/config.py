@@ -448,6 +448,7 @@ def check(config: Config) -> None:
         if config.train.preview_prompts:
             _check_previews(config)
         _check_validation(config.train)
+        _check_torchao(config)
     for index, part in enumerate(config.model.conditions):
         length = part.params.get("max_length")
         if transformer is not None and length is not None and length != transformer.text_length:
@@ -465,6 +466,16 @@ def _check_validation(train: TrainConfig) -> None:
         raise ConfigError(
             f"train.validation_timesteps={train.validation_timesteps}: expected at least train.timestep_bands="
             f"{train.timestep_bands}, so that each band has one"
+        )
+
+
+def _check_torchao(config: Config) -> None:
+    stage = (config.deepspeed.get("zero_optimization") or {}).get("stage", 2)
+    method = (config.lora.quantize_base if config.lora else None) or ""
+    if method.startswith("torchao") and stage == 3:
+        raise ConfigError(
+            f"lora.quantize_base={method} does not work with deepspeed.zero_optimization.stage=3, which puts its own "
+            f"linear operation in torch's place: use lora.quantize_base={method.removeprefix('torchao_')}, or stage 2"
         )
 
 
