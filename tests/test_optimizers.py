@@ -16,7 +16,7 @@ from workers.train_toy import SEED, Toy, make_trainer, samples
 from cogvideox import dist
 from cogvideox.config import ConfigError, GroupConfig, Part, load_config
 from cogvideox.dist import RandomStreams
-from cogvideox.engine.groups import parameter_groups
+from cogvideox.engine.groups import parameter_groups, split_by_blocks
 from cogvideox.engine.logging import read_metrics
 from cogvideox.engine.muon import Muon, orthogonalised
 from cogvideox.engine.optim import build_optimizer, kept_in_full
@@ -388,6 +388,15 @@ def test_unknown_optimizers_count_as_adam() -> None:
     assert known_optimizer("somewhere.Lion").state_bytes == 4
     assert known_optimizer("somewhere.Prodigy").state_bytes == 8
     assert known_optimizer("bitsandbytes.optim.AdamW8bit") == KNOWN["adamw_8bit_bnb"]
+
+
+def test_groups_are_split_so_that_every_rank_holds_whole_blocks() -> None:
+    sizes = {"a": 512, "b": 100, "c": 1024, "d": 256}
+    named = {name: torch.nn.Parameter(torch.zeros(size)) for name, size in sizes.items()}
+    group = {"params": list(named.values()), "names": list(named), "lr": 0.1}
+    whole, rest = split_by_blocks([group], 256 * 2)
+    assert (whole["names"], rest["names"]) == (["a", "c"], ["b", "d"]) and whole["lr"] == rest["lr"] == 0.1
+    assert sum(p.numel() for p in whole["params"]) % (256 * 2) == 0
 
 
 @pytest.mark.parametrize("stage", [0, 2])

@@ -17,6 +17,8 @@ class Known:
     # Per trained parameter, the fp32 master weights not counted; of Muon's matrices where it has two kinds.
     zero_stages: tuple[int, ...] = (0, 1, 2, 3)
     # Those of DeepSpeed under which it computes what it promises.
+    block: int = 1
+    # How many numbers share a scale in its low-bit states.
 
 
 # torchao keeps one fp32 scale for 256 values (128 in four bits), of two moments.
@@ -24,9 +26,9 @@ KNOWN = {
     "adamw": Known("torch.optim.AdamW", 8),
     "sgd": Known("torch.optim.SGD", 4),  # with momentum
     "muon": Known("cogvideox.engine.muon.Muon", 4, (0, 1, 2)),
-    "adamw_8bit": Known("torchao.optim.AdamW8bit", 2 + 8 / 256),
-    "adamw_4bit": Known("torchao.optim.AdamW4bit", 1 + 8 / 128),
-    "adamw_fp8": Known("torchao.optim.AdamWFp8", 2 + 8 / 256),
+    "adamw_8bit": Known("torchao.optim.AdamW8bit", 2 + 8 / 256, block=256),
+    "adamw_4bit": Known("torchao.optim.AdamW4bit", 1 + 8 / 128, block=128),
+    "adamw_fp8": Known("torchao.optim.AdamWFp8", 2 + 8 / 256, block=256),
     "adamw_8bit_bnb": Known("bitsandbytes.optim.AdamW8bit", 2 + 8 / 256),
     "lion_8bit_bnb": Known("bitsandbytes.optim.Lion8bit", 1 + 4 / 256),
 }

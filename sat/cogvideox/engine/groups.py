@@ -58,6 +58,23 @@ def parameter_groups(
     return groups, [_line(rule, i, chosen[i], len(named)) for i, rule in enumerate(rules)]
 
 
+def split_by_blocks(groups: list[dict[str, Any]], block: int) -> list[dict[str, Any]]:
+    """Each group as two: parameters of whole blocks, then the others.
+
+    ZeRO lays the parameters of a group end to end and gives each rank an equal slice. torchao's low-bit states need
+    slices of whole blocks, and one parameter with a remainder would leave the states of its whole group in 32 bits.
+    block: numbers in a block, times the ranks.
+    """
+    result = []
+    for group in groups:
+        for is_whole in (True, False):
+            pairs = zip(group["names"], group["params"], strict=True)
+            chosen = [(name, p) for name, p in pairs if (p.numel() % block == 0) == is_whole]
+            if chosen:
+                result.append({**group, "names": [n for n, _ in chosen], "params": [p for _, p in chosen]})
+    return result
+
+
 def _check(rule: GroupConfig, key: str, lr: float | None) -> None:
     if rule.lr is not None and rule.lr_scale is not None:
         raise ValueError(f"{key}: lr={rule.lr} and lr_scale={rule.lr_scale}; give one of them")

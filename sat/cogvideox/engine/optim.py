@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogvideox import dist
 from cogvideox.build import factory
 from cogvideox.config import GroupConfig, Part, TrainConfig
-from cogvideox.engine.groups import parameter_groups
+from cogvideox.engine.groups import parameter_groups, split_by_blocks
 from cogvideox.engine.logging import get_logger
-from cogvideox.optimizer_names import check_zero
+from cogvideox.optimizer_names import check_zero, known_optimizer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = ("constant", "cosine", "linear")
@@ -73,6 +74,9 @@ def build_optimizer(
     groups, lines = parameter_groups(trainable, rules, lr, decay_norms_and_biases)
     for line in lines:
         get_logger().info("%s", line)
+    block = part.params.get("block_size", known_optimizer(part.target).block)
+    if block > 1:
+        groups = split_by_blocks(groups, block * dist.world_size())
     bound = factory(part, params=groups)
     if not getattr(bound.func, "needs_names", False):
         for group in groups:
