@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from cogvideox.config import Config, DataConfig, SampleConfig, TransformerConfig, VAEConfig, latent_frames
+from cogvideox.config import Config, DataConfig, SampleConfig, TransformerConfig, VAEConfig
+from cogvideox.flops import clip_of, forward_flops, step_flops
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -152,68 +153,6 @@ def sampling_text_encoder(config: Config) -> TextEncoder | None:
     sample = config.sample
     is_elsewhere = sample is not None and (sample.text_features or sample.text_encoder_device)
     return None if is_elsewhere else text_encoder(config)
-
-
-# ------------------------------------------------------------------------------------------- tokens and operations
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A clip as the network sees it."""
-
-    latents: int  # latent frames, padded to the temporal patch
-    height: int
-    width: int
-    video_tokens: int
-    text_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        return self.video_tokens + self.text_tokens
-
-
-def clip_of(config: Config, section: DataConfig | SampleConfig) -> Clip:
-    t, side = config.model.transformer, config.vae.spatial_compression
-    frames, height, width = (
-        latent_frames(section.num_frames, config),
-        section.height // side,
-        section.width // side,
-    )
-    tokens = frames * height * width // math.prod(t.patch_size)
-    return Clip(frames, height, width, tokens, t.text_length)
-
-
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs of one forward pass for one clip; a multiply-add is 2."""
-
-    matmul: float
-    attention: float
-
-    @property
-    def forward(self) -> float:
-        return self.matmul + self.attention
-
-
-def forward_flops(t: TransformerConfig, clip: Clip) -> Flops:
-    s, n, text, d = clip.tokens, clip.video_tokens, clip.text_tokens, t.hidden_size
-    patch = math.prod(t.patch_size)
-    layer = 24 * s * d * d + 2 * t.time_embed_dim * 12 * d  # qkv 6, out 2, MLP 16; one modulation per clip
-    ends = 2 * text * t.text_hidden_size * d + 2 * n * patch * (t.in_channels + t.out_channels) * d
-    return Flops(t.num_layers * layer + ends, t.num_layers * 4 * s * s * d)
-
-
-def step_flops(config: Config, clip: Clip) -> float:
-    """FLOPs of one training step for one clip, recomputation included.
-
-    The backward pass costs 2 x the forward's products (1 x where weights are frozen) and 2.5 x its attention, which
-    is recomputed block by block (Dao 2023, FlashAttention-2).
-    """
-    flops = forward_flops(config.model.transformer, clip)
-    adapters = 2 * clip.tokens * lora_parameters(config) if config.lora else 0
-    backward = (1 if config.lora else 2) * flops.matmul + 2.5 * flops.attention + 2 * adapters
-    passes = 2 if config.model.transformer.checkpoint_activations else 1
-    return passes * (flops.forward + adapters) + backward
 
 
 # -------------------------------------------------------------------------------------------------------- memory
@@ -396,7 +335,13 @@ def _work(config: Config, section: DataConfig | SampleConfig) -> list[tuple[str,
         ),
     ]
     if section is config.data:
-        rows.append(("", "one training step, per clip", _operations(step_flops(config, clip))))
+        rows.append(
+            (
+                "",
+                "one training step, per clip",
+                _operations(step_flops(config, clip, lora_parameters(config) if config.lora else 0)),
+            )
+        )
     else:
         rows.append(
             ("", f"{section.steps} steps with guidance", _operations(2 * section.steps * flops.forward))
