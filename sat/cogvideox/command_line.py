@@ -28,6 +28,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the merged config and the plan, run nothing"
     )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="with --dry-run: plan for this GPU, such as h200, with times"
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides such as train.steps=10")
 

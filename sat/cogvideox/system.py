@@ -28,6 +28,7 @@ from cogvideox.model.lora import freeze_base, merge_lora
 from cogvideox.model.patch_embed import pad_front
 from cogvideox.model.reference import ReferenceAttention
 from cogvideox.model.transformer import ExpertTransformer
+from cogvideox.planning.choices import resolve_budget
 from cogvideox.system_sampling import (
     DEFAULT_STRENGTH,
     Progress,
@@ -65,6 +66,9 @@ def build_transformer(
     arguments = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     for name in ("position", "patch_embed", "adaln", "final_layer"):
         arguments[name] = factory(arguments[name])
+    # A memory budget becomes the policy that this run takes for it.
+    run = resolve_budget(config, dist.world_size())
+    arguments["checkpoint_activations"] = run.model.transformer.checkpoint_activations
     return ExpertTransformer(**arguments, device=device, skip_init=skip_init)
 
 

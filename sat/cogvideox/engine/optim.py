@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cogvideox.build import factory
 from cogvideox.config import Part, TrainConfig
+from cogvideox.engine.pieces import PIECE_ELEMENTS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = ("constant", "cosine", "linear")
@@ -19,7 +20,9 @@ SCHEDULES = ("constant", "cosine", "linear")
 _ADAM_FAMILY = ("sat.ops.FusedEmaAdam", "FusedEmaAdam", "AdamW", "Adam", "FusedAdam")
 # SAT's published files write these beside fp16 instead of inside, where DeepSpeed never sees them.
 _LOSS_SCALE_KEYS = ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
-_LARGEST_BUCKET = 500_000_000  # elements, DeepSpeed's default
+# Elements, 200 MB in bf16: links are at their rate long before, and with DeepSpeed's own 500 million the buffers (three,
+# while one is filled and another reduced) take 3 GB.
+_LARGEST_BUCKET = 100_000_000
 
 
 def check_train_config(config: TrainConfig, device: torch.device) -> None:
@@ -122,6 +125,7 @@ def deepspeed_config(
             "reduce_scatter": True,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            "sub_group_size": PIECE_ELEMENTS,  # what a piece is to ZeRO-1 and 2, for ZeRO-3
         },
         # Any torch optimizer is taken as it is, also with its state offloaded to the CPU.
         "zero_allow_untested_optimizer": True,
