@@ -3,8 +3,8 @@
     python -m scripts.benchmark_memory
 
 Counted: the live tensors of forward and backward pass at full size on the meta device, and of whole steps of the real
-engine at a small size on the CPU. Measured (CUDA): torch's peak of the same forward and backward pass of random weights,
-and a whole step of each target through the engine.
+engine at a small size on the CPU. Measured (CUDA): torch's peak of the same forward and backward pass, and of whole
+steps of each target through the engine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cogvideox.live_memory import LiveMemory
 from cogvideox.model.lora import freeze_base, inject_lora
 from cogvideox.planning import states
 from cogvideox.planning.activations import activations
-from cogvideox.planning.memory import method_of, optimizer_bytes, training_peak
+from cogvideox.planning.memory import optimizer_bytes, training_peak
 from cogvideox.planning.states import Method
 from cogvideox.recompute import KEPT
 from cogvideox.system import build_transformer
@@ -56,9 +56,23 @@ class Target:
 
 CACHED = "data.latent_cache=cache"
 TARGETS = (
-    Target("2B LoRA", ("cogvideox_2b", "lora"), (CACHED, "model.transformer.checkpoint_activations=selective"), 10, 47),
-    Target("5B LoRA", ("cogvideox_5b", "lora"), (CACHED, "model.transformer.checkpoint_activations=full"), 24, 63),
-    Target("2B full", ("cogvideox_2b", "sft"), (CACHED, "model.transformer.checkpoint_activations=selective"), 40, 62),
+    Target(
+        "2B LoRA",
+        ("cogvideox_2b", "lora"),
+        (CACHED, "model.transformer.checkpoint_activations=selective"),
+        10,
+        47,
+    ),
+    Target(
+        "5B LoRA", ("cogvideox_5b", "lora"), (CACHED, "model.transformer.checkpoint_activations=full"), 24, 63
+    ),
+    Target(
+        "2B full",
+        ("cogvideox_2b", "sft"),
+        (CACHED, "model.transformer.checkpoint_activations=selective"),
+        40,
+        62,
+    ),
 )
 
 
@@ -117,11 +131,12 @@ def loss_of(config: Config, net: nn.Module, device: str) -> Tensor:
 def planned_pass(config: Config) -> tuple[float, float]:
     """Bytes of activations kept by the blocks after the forward pass, and the peak of both passes with gradients."""
     needed, trained = activations(config), plan.trained_parameters(config)
-    return needed.kept, max(needed.start, needed.end + trained * plan.BYTES[config.train.precision])
+    gradients = trained * plan.BYTES[config.train.precision]
+    return needed.kept, max(needed.start, needed.end + gradients - needed.pending)
 
 
 def counted_pass(config: Config) -> tuple[int, int]:
-    """Bytes of all live tensors after the forward pass, and at the peak of both passes, gradients of weights included."""
+    """Bytes of all live tensors after the forward pass, and at the peak of both, gradients of weights included."""
     net = network(config, "meta")
     with fused_attention(), LiveMemory() as memory:
         loss = loss_of(config, net, "meta")
@@ -175,7 +190,12 @@ class Rows:
 
 
 def counted_states(
-    stage: int, precision: str = "bf16", *, optimizer: str = "torch.optim.AdamW", frozen: int = 0, **params: Any
+    stage: int,
+    precision: str = "bf16",
+    *,
+    optimizer: str = "torch.optim.AdamW",
+    frozen: int = 0,
+    **params: Any,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(planned, counted) bytes after a step, at the end of a backward pass and at the peak of the update."""
     from cogvideox.engine.trainer import Trainer
@@ -236,7 +256,9 @@ def collect(models: list[str]) -> dict[str, Any]:
                         "measured": measured_pass(config),
                     }
                 )
-                print(f"{model} {method} {policy}: planned {peak / 1e9:.2f} GB, counted {counted / 1e9:.2f} GB")
+                print(
+                    f"{model} {method} {policy}: planned {peak / 1e9:.2f} GB, counted {counted / 1e9:.2f} GB"
+                )
     engine = []
     for stage in range(4):
         for precision in ("bf16", "fp32"):

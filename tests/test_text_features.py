@@ -15,8 +15,8 @@ from cogvideox.command_line import run_door
 from cogvideox.conditioning.features import TextFeatures
 from cogvideox.conditioning.text import TextCondition
 from cogvideox.config import ConfigError
-from cogvideox.sampling.memory import apply_memory, choose_memory
 from cogvideox.planning.sampling import text_bytes
+from cogvideox.sampling.memory import apply_memory, choose_memory
 from cogvideox.sampling.targets import settings_fingerprint
 from cogvideox.system import VideoDiffusion
 from cogvideox.weights import provenance

@@ -88,11 +88,7 @@ def step_flops(config: Config, clip: Clip, adapters: int = 0) -> float:
 
 
 def recomputed_flops(config: Config, clip: Clip, adapters: int = 0) -> Flops:
-    """What blocks compute a second time under ``model.transformer.checkpoint_activations``; a budget: nothing yet.
-
-    Recomputation ends where the last tensor that the backward pass asks for is there again: with frozen weights that is
-    before the MLP's second product, whose output only a gate's gradient needs.
-    """
+    """What blocks compute a second time under ``model.transformer.checkpoint_activations``; a budget: nothing yet."""
     t, policy = config.model.transformer, read_recompute(config.model.transformer.checkpoint_activations)
     if isinstance(policy, Budget) or policy.what == "none":
         return Flops(0.0, 0.0)
@@ -101,7 +97,7 @@ def recomputed_flops(config: Config, clip: Clip, adapters: int = 0) -> Flops:
     adapted = _adapter_flops(clip, adapters) / t.num_layers
     if policy.what == "products":
         return Flops(blocks * adapted, 0.0)
-    layer = (24 - (8 if config.lora else 0)) * s * d * d + 2 * t.time_embed_dim * 12 * d
+    layer = 24 * s * d * d + 2 * t.time_embed_dim * 12 * d
     attention = blocks * 4.0 * s * s * d if policy.what == "full" else 0.0
     return Flops(blocks * (layer + adapted), attention)
 

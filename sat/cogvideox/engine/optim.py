@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cogvideox.build import factory
 from cogvideox.config import Part, TrainConfig
-from cogvideox.engine.pieces import PIECE_ELEMENTS
+from cogvideox.engine.pieces import PIECE_ELEMENTS, cut_groups
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = ("constant", "cosine", "linear")
@@ -20,8 +20,8 @@ SCHEDULES = ("constant", "cosine", "linear")
 _ADAM_FAMILY = ("sat.ops.FusedEmaAdam", "FusedEmaAdam", "AdamW", "Adam", "FusedAdam")
 # SAT's published files write these beside fp16 instead of inside, where DeepSpeed never sees them.
 _LOSS_SCALE_KEYS = ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
-# Elements, 200 MB in bf16: links are at their rate long before, and with DeepSpeed's own 500 million the buffers (three,
-# while one is filled and another reduced) take 3 GB.
+# Elements, 200 MB in bf16: links are at their rate long before. With DeepSpeed's own 500 million the buffers (three, as
+# one is filled while another is reduced) take 3 GB.
 _LARGEST_BUCKET = 100_000_000
 
 
@@ -73,7 +73,7 @@ def build_optimizer(
             {"params": [p for p in trainable if p.ndim >= 2]},
             {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
         ]
-    return factory(part, params=[group for group in groups if group["params"]])()
+    return factory(part, params=cut_groups([group for group in groups if group["params"]]))()
 
 
 def learning_rate_factor(

@@ -7,19 +7,19 @@ its matrices are one group. Each parameter is updated alone either way, so nothi
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
 PIECE_ELEMENTS = 200_000_000
 """Parameters of a piece: 2.8 GB on the way at most, and few enough pieces that their launches cost nothing."""
 
 
-def cut_groups(optimizer: torch.optim.Optimizer, most: int = PIECE_ELEMENTS) -> torch.optim.Optimizer:
-    """``optimizer``, its groups of more than ``most`` elements replaced by several with the same settings, in order.
+def cut_groups(groups: list[dict[str, Any]], most: int = PIECE_ELEMENTS) -> list[dict[str, Any]]:
+    """``groups`` as an optimizer takes them, those of more than ``most`` elements as several alike, in order.
 
-    A parameter larger than ``most`` is a piece of its own. The optimizer must not have taken a step.
+    A parameter larger than ``most`` is a piece of its own.
     """
-    groups = []
-    for group in optimizer.param_groups:
+    cut = []
+    for group in groups:
         pieces, elements = [[]], 0
         for parameter in group["params"]:
             if pieces[-1] and elements + parameter.numel() > most:
@@ -27,6 +27,5 @@ def cut_groups(optimizer: torch.optim.Optimizer, most: int = PIECE_ELEMENTS) -> 
                 elements = 0
             pieces[-1].append(parameter)
             elements += parameter.numel()
-        groups += [{**group, "params": piece} for piece in pieces]
-    optimizer.param_groups[:] = groups
-    return optimizer
+        cut += [{**group, "params": piece} for piece in pieces]
+    return cut

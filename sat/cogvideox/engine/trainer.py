@@ -34,7 +34,6 @@ from cogvideox.engine.optim import (
     learning_rate_factor,
     trainer_checks_gradients,
 )
-from cogvideox.engine.pieces import cut_groups
 from cogvideox.engine.validation import evaluating
 from cogvideox.weights import provenance
 
@@ -84,7 +83,7 @@ class Trainer:
         self.logger = get_logger()
         self.start_from = checkpoint.find(self.run_dir / "checkpoints", config.resume)
 
-        optimizer = cut_groups(build_optimizer(module, config.optimizer, decay_norms_and_biases))
+        optimizer = build_optimizer(module, config.optimizer, decay_norms_and_biases)
         self.optimizer, self.base_learning_rates = (
             optimizer,
             [group["lr"] for group in optimizer.param_groups],

@@ -54,7 +54,9 @@ class Checkpointing:
         self.policy: Recompute = policy
         self._was_looked_at = False
 
-    def run(self, index: int, block: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kw_args: Any) -> Tensor:
+    def run(
+        self, index: int, block: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kw_args: Any
+    ) -> Tensor:
         """``block(hidden_states, *args, **kw_args)``; without gradients nothing is kept anyway."""
         what = self.policy.of_block(index)
         if what == "none" or not torch.is_grad_enabled():

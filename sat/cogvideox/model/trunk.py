@@ -71,7 +71,7 @@ class Trunk(nn.Module):
     """What ``BaseModel`` calls ``transformer``: embed, the layers, the last layer norm, and out.
 
     ``hooks`` maps SAT's hook names to the mixins' methods; every module of the trunk holds the same dictionary.
-    ``checkpoint_activations``: which layers compute again in the backward pass what they did not keep, see recompute.py.
+    ``checkpoint_activations``: what each layer keeps for the backward pass, see recompute.py.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""What a run will need of a GPU, in closed form and without torch: memory by kind and phase, step time, communication."""
+"""What a run will need of a GPU, in closed form and without torch: memory by kind and phase, time, communication."""

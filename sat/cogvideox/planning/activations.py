@@ -14,8 +14,9 @@ from cogvideox.plan import BYTES
 from cogvideox.recompute import Recompute, read_recompute
 
 FULL = 23.0
-"""A block whose weights train: its input, two norms, two modulated tensors, q k v (3), q and k turned, attention's output
-and that output by token, both branches before their gates, the middle, the MLP's hidden layer before and after GELU (8)."""
+"""A block whose weights train: its input, two norms, two modulated tensors, q k v (3), q and k turned, attention's
+output and that output by token, both branches before their gates, the middle, the MLP's hidden layer before and after
+GELU (8)."""
 
 FROZEN = 12.0
 """A block whose weights are frozen: the same without what only weights and gates need (norms, modulated, GELU's output,
@@ -33,16 +34,17 @@ ENDS_FULL, ENDS_FROZEN = 7.0, 8.0
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes at two moments of the backward pass, of which the larger counts: nothing else lives longest at both.
+    """Bytes at two moments of the backward pass, of which the larger counts.
 
-    start: at the last block, when all blocks' kept tensors live and hardly a gradient of a weight.
-    end: at the first block, when all gradients of the weights live beside it.
     kept: after the forward pass, by the blocks.
+    start: at the last block, when all blocks' kept tensors live and hardly a gradient of a weight.
+    end: at the first block, with all gradients of the weights beside it, except ``pending``: its own.
     """
 
     kept: float
     start: float
     end: float
+    pending: float
 
 
 def units_kept(config: Config) -> dict[str, float]:
@@ -73,16 +75,19 @@ def activations(config: Config) -> Activations:
     policy = read_recompute(t.checkpoint_activations)
     assert isinstance(policy, Recompute), "resolve the budget first"
     tokens = clip_of(config, config.data).tokens * config.train.batch_size
-    unit = tokens * t.hidden_size * BYTES[config.train.precision]
+    size = BYTES[config.train.precision]
+    unit = tokens * t.hidden_size * size
     units, frozen = units_kept(config), config.lora is not None
     kept = sum(count * units[what] for what, count in policy.counts(t.num_layers).items())
     transient, ends = (TRANSIENT_FROZEN, ENDS_FROZEN) if frozen else (TRANSIENT_FULL, ENDS_FULL)
     last = policy.of_block(t.num_layers - 1)
     again = units["none"] - units[last]
-    first_gradient = 0 if frozen else 4 * t.hidden_size**2 * BYTES[config.train.precision]
+    first_gradient = 0 if frozen else 4 * t.hidden_size**2 * size
     start = ends if last == "none" else again + transient
     return Activations(
         kept=kept * unit,
         start=(kept + start) * unit + first_gradient,
         end=(units["none"] + transient) * unit,
+        # Its MLP's second product (4 of 12 D^2) has its gradient already.
+        pending=0.0 if frozen else (8 * t.hidden_size + 12 * t.time_embed_dim) * t.hidden_size * size,
     )

@@ -50,7 +50,9 @@ class Choice:
         config.train = dataclasses.replace(config.train, batch_size=self.batch)
         config.data = dataclasses.replace(config.data, latent_cache="cache" if self.cached else None)
         config.lora = (config.lora or LoraConfig(rank=128)) if self.method == "LoRA" else None
-        zero = {k: v for k, v in zero_section(config).items() if k not in ("offload_optimizer", "cpu_offload")}
+        zero = {
+            k: v for k, v in zero_section(config).items() if k not in ("offload_optimizer", "cpu_offload")
+        }
         zero |= {"stage": self.stage} | ({"offload_optimizer": {"device": "cpu"}} if self.offload else {})
         config.deepspeed = {**config.deepspeed, "zero_optimization": zero}
         return config
@@ -62,7 +64,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Planned:
-    """peak: bytes per GPU.  seconds: per step of ``choice.batch`` clips.  most: the largest batch that fits, 0: none."""
+    """peak: bytes per GPU.  seconds: per step of ``choice.batch`` clips.  most: largest batch that fits, 0: none."""
 
     choice: Choice
     peak: float
@@ -138,7 +140,9 @@ def _other_ways(config: Config, ranks: int) -> str:
     ways = {
         "train.batch_size=1": dataclasses.replace(smallest, batch=1),
         "data.latent_cache": dataclasses.replace(smallest, cached=True),
-        "deepspeed.zero_optimization.offload_optimizer.device=cpu": dataclasses.replace(smallest, offload=True),
+        "deepspeed.zero_optimization.offload_optimizer.device=cpu": dataclasses.replace(
+            smallest, offload=True
+        ),
         "a LoRA (configs/lora.yaml)": dataclasses.replace(smallest, method="LoRA"),
     }
     now = training_peak(smallest.applied(config), ranks)

@@ -21,7 +21,7 @@ EFFICIENCY = 0.8
 
 
 UNHIDDEN = 0.1
-"""Part of the communication behind computation that is waited for anyway: first and last bucket, launches (estimate)."""
+"""Part of the communication behind computation that is waited for anyway (estimate): first and last bucket."""
 
 
 @dataclass(frozen=True)

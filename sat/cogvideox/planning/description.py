@@ -1,4 +1,4 @@
-"""The plan of a run as text, for ``--dry-run``: parameters, tokens, work, memory by phase, and for a GPU what fits it."""
+"""The plan of a run as text, for ``--dry-run``: parameters, tokens, work, memory by phase, and what fits a GPU."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from cogvideox.planning.activations import activations
 from cogvideox.planning.states import Method
 
 RESERVE = 1.0 * 2**30
-"""What a GPU must have free beside the tensors: the driver's context, workspaces, fragments of the allocator (estimate)."""
+"""What a GPU must have free beside the tensors (estimate): the driver's context, workspaces, fragments."""
 
 # Tensors of the VAE's first level alive at the peak of an encoding (13.8 GB for 49 x 480 x 720 in one pass, in bf16),
 # counted: tests/test_vae_memory.py.
@@ -77,8 +77,9 @@ def training_phases(config: Config, ranks: int) -> Phases:
         phases["encoding"] = kept | waiting | {"VAE at work": encode_bytes(config)}
     if known:
         needed = activations(config)
-        start, end = needed.start + sum(waiting.values()), needed.end + states.gradients(method)
-        grads = states.gradients(method) if end >= start else sum(waiting.values())
+        made = states.gradients(method) - (0.0 if waiting else min(needed.pending, states.gradients(method)))
+        start, end = needed.start + sum(waiting.values()), needed.end + made
+        grads = made if end >= start else sum(waiting.values())
         phases["forward and backward"] = kept | {
             "gradients": grads,
             "buckets": states.buckets(method),
