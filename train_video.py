@@ -62,6 +62,7 @@ def train(config: Config) -> None:
     from cogvideox.data.overlap import warn_of_overlap
     from cogvideox.engine.logging import get_logger
     from cogvideox.engine.optim import check_train_config
+    from cogvideox.engine.shared_folder import check_shared
     from cogvideox.engine.trainer import Trainer
     from cogvideox.evaluation.held_out import build_validation
     from cogvideox.sampling.preview import Previews
@@ -126,6 +127,7 @@ def train(config: Config) -> None:
             "command": shlex.join(sys.argv),
         },
     )
+    check_shared(config.run.dir)
     if dist.is_main():
         describe_run(config)  # only now: a mistake above leaves no folder behind
         sources.start()

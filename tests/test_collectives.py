@@ -9,14 +9,13 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from workers import launch as launcher
 
 from cogvideox.engine.logging import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sat" / "cogvideox"
-HERE = "test_collectives.py"
+HERE, ENGINE = "test_collectives.py", "test_engine.py"
 
 # (file, function of ours, torch's collective) -> a test that runs it on two ranks.
 COLLECTIVES = {
@@ -37,18 +36,26 @@ CALLERS = {
     (
         "engine/trainer.py",
         "any_rank",
-    ): "test_engine.py::test_sigterm_on_one_rank_saves_on_all_and_leaves_with_exit_code_0",
-    ("engine/trainer.py", "gather"): "test_engine.py::test_a_nan_on_one_rank_is_skipped_on_all_and_counted",
+    ): f"{ENGINE}::test_sigterm_on_one_rank_saves_on_all_and_leaves_with_exit_code_0",
+    ("engine/trainer.py", "gather"): f"{ENGINE}::test_a_nan_on_one_rank_is_skipped_on_all_and_counted",
     ("engine/checkpoint.py", "gather"): f"{HERE}::test_a_write_that_fails_on_one_rank_is_an_error_on_all",
     ("engine/checkpoint.py", "barrier"): f"{HERE}::test_a_write_that_fails_on_one_rank_is_an_error_on_all",
     (
+        "engine/shared_folder.py",
+        "gather",
+    ): f"{HERE}::test_a_run_folder_that_a_rank_does_not_see_is_an_error_on_all",
+    (
+        "engine/shared_folder.py",
+        "barrier",
+    ): f"{HERE}::test_a_run_folder_that_a_rank_does_not_see_is_an_error_on_all",
+    (
         "engine/validation.py",
         "gather",
-    ): "test_engine.py::test_the_held_out_loss_is_the_same_on_one_and_two_ranks",
+    ): f"{ENGINE}::test_the_held_out_loss_is_the_same_on_one_and_two_ranks",
     (
         "engine/logging.py",
         "gather",
-    ): "test_engine.py::test_every_zero_stage_on_two_ranks_gives_the_losses_of_plain_adamw",
+    ): f"{ENGINE}::test_every_zero_stage_on_two_ranks_gives_the_losses_of_plain_adamw",
 }
 
 
@@ -120,6 +127,13 @@ def test_an_average_reaches_the_ranks_that_do_not_hold_it(two_ranks: Path) -> No
         assert rank["owners"] == [0, 1]  # each holds a part
         assert rank["average"] == pytest.approx([1 + (1 - 2 / 11) * 2] * 4)  # float32
         assert rank["back"] == [3.0] * 4
+
+
+def test_a_run_folder_that_a_rank_does_not_see_is_an_error_on_all(two_ranks: Path) -> None:
+    for rank in found(two_ranks):
+        assert rank["left in the shared folder"] == []
+        assert re.match(r"run.dir=.*disk_of_rank_.*: rank 1 on \S+ cannot see", rank["own disks"])
+        assert "all nodes share" in rank["own disks"]
 
 
 def test_a_write_that_fails_on_one_rank_is_an_error_on_all(two_ranks: Path) -> None:
@@ -199,7 +213,7 @@ def test_every_file_that_exchanges_through_dist_py_has_a_row_or_a_reason() -> No
         for file, _, called in calls(re.compile("dist"))
         if called in {"any_rank", "gather", "barrier"} and file not in known
     }
-    assert exchanging <= CALLERS.keys() | {(file, "barrier") for file, _ in CALLERS}
+    assert exchanging <= CALLERS.keys()
 
 
 @pytest.mark.parametrize("name", sorted({*COLLECTIVES.values(), *CALLERS.values()}))
@@ -217,7 +231,3 @@ def test_nothing_of_torch_distributed_is_imported_by_name() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"):
                 assert {alias.name for alias in node.names} <= {"distributed_c10d"}, path
-
-
-def test_gloo_serves_these_tests() -> None:
-    assert torch.distributed.is_gloo_available()

@@ -16,6 +16,7 @@ from workers.train_toy import make_trainer
 from cogvideox import dist
 from cogvideox.command_line import leave
 from cogvideox.engine.ema import EMA
+from cogvideox.engine.shared_folder import check_shared
 
 
 class Network(nn.Module):
@@ -54,6 +55,13 @@ def exchanges(folder: Path) -> dict[str, Any]:
     average.update()  # d = min(0.9, 2 / 11) in the first update: 1 + (1 - 2 / 11) 2
     with average.applied():
         found["average"] = [float(p.flatten()[0]) for p in module.parameters()]
+    check_shared(folder / "shared")
+    found["left in the shared folder"] = [path.name for path in (folder / "shared").iterdir()]
+    try:
+        check_shared(folder / f"disk_of_rank_{rank}")
+        found["own disks"] = "no error"
+    except ValueError as error:
+        found["own disks"] = str(error)
     found["back"] = [float(p.flatten()[0]) for p in module.parameters()]
     return found
 
