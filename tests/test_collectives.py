@@ -15,48 +15,36 @@ from cogvideox.engine.logging import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sat" / "cogvideox"
-HERE, ENGINE = "test_collectives.py", "test_engine.py"
+# Of torch.distributed: file, function of ours, torch's collective, and a test that runs it on two ranks.
+COLLECTIVES = """
+dist.py        init      init_process_group     test_collectives.py::test_a_barrier_waits_for_the_last_rank
+dist.py        shutdown  destroy_process_group  test_collectives.py::test_a_barrier_waits_for_the_last_rank
+dist.py        barrier   barrier                test_collectives.py::test_a_barrier_waits_for_the_last_rank
+dist.py        any_rank  all_reduce             test_collectives.py::test_a_flag_of_one_rank_is_true_on_all
+dist.py        gather    all_gather_object      test_collectives.py::test_values_are_gathered_in_rank_order
+engine/ema.py  _swap     broadcast              test_collectives.py::test_an_average_reaches_the_other_ranks
+"""
 
-# (file, function of ours, torch's collective) -> a test that runs it on two ranks.
-COLLECTIVES = {
-    ("dist.py", "init", "init_process_group"): f"{HERE}::test_a_barrier_waits_for_the_last_rank",
-    ("dist.py", "shutdown", "destroy_process_group"): f"{HERE}::test_a_barrier_waits_for_the_last_rank",
-    ("dist.py", "barrier", "barrier"): f"{HERE}::test_a_barrier_waits_for_the_last_rank",
-    ("dist.py", "any_rank", "all_reduce"): f"{HERE}::test_a_flag_of_one_rank_is_true_on_all",
-    (
-        "dist.py",
-        "gather",
-        "all_gather_object",
-    ): f"{HERE}::test_values_are_gathered_in_rank_order_on_every_rank",
-    ("engine/ema.py", "_swap", "broadcast"): f"{HERE}::test_an_average_reaches_the_ranks_that_do_not_hold_it",
+# Of dist.py: file, function of dist.py, and a test in which two ranks go through that call.
+CALLERS = """
+engine/trainer.py        any_rank  test_engine.py::test_sigterm_on_one_rank_saves_on_all_and_leaves_with_exit_code_0
+engine/trainer.py        gather    test_engine.py::test_a_nan_on_one_rank_is_skipped_on_all_and_counted
+engine/checkpoint.py     gather    test_collectives.py::test_a_write_that_fails_on_one_rank_is_an_error_on_all
+engine/shared_folder.py  gather    test_collectives.py::test_a_run_folder_that_a_rank_does_not_see_is_an_error_on_all
+engine/shared_folder.py  barrier   test_collectives.py::test_a_run_folder_that_a_rank_does_not_see_is_an_error_on_all
+engine/validation.py     gather    test_engine.py::test_the_held_out_loss_is_the_same_on_one_and_two_ranks
+engine/logging.py        gather    test_engine.py::test_every_zero_stage_on_two_ranks_gives_the_losses_of_plain_adamw
+"""
+
+# Whose tests have one rank only.
+ON_ONE_RANK = {
+    "sampling/preview.py": "the gathering of what each rank has rendered",
+    "system.py": "the barrier after the cache is filled",
 }
 
-# (file, function of dist.py) -> a test in which two ranks go through that call.
-CALLERS = {
-    (
-        "engine/trainer.py",
-        "any_rank",
-    ): f"{ENGINE}::test_sigterm_on_one_rank_saves_on_all_and_leaves_with_exit_code_0",
-    ("engine/trainer.py", "gather"): f"{ENGINE}::test_a_nan_on_one_rank_is_skipped_on_all_and_counted",
-    ("engine/checkpoint.py", "gather"): f"{HERE}::test_a_write_that_fails_on_one_rank_is_an_error_on_all",
-    ("engine/checkpoint.py", "barrier"): f"{HERE}::test_a_write_that_fails_on_one_rank_is_an_error_on_all",
-    (
-        "engine/shared_folder.py",
-        "gather",
-    ): f"{HERE}::test_a_run_folder_that_a_rank_does_not_see_is_an_error_on_all",
-    (
-        "engine/shared_folder.py",
-        "barrier",
-    ): f"{HERE}::test_a_run_folder_that_a_rank_does_not_see_is_an_error_on_all",
-    (
-        "engine/validation.py",
-        "gather",
-    ): f"{ENGINE}::test_the_held_out_loss_is_the_same_on_one_and_two_ranks",
-    (
-        "engine/logging.py",
-        "gather",
-    ): f"{ENGINE}::test_every_zero_stage_on_two_ranks_gives_the_losses_of_plain_adamw",
-}
+
+def table(text: str) -> dict[tuple[str, ...], str]:
+    return {tuple(row[:-1]): row[-1] for row in map(str.split, text.strip().splitlines())}
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +104,13 @@ def test_a_flag_of_one_rank_is_true_on_all(two_ranks: Path) -> None:
     assert [rank["any"] for rank in found(two_ranks)] == [[True, False, True]] * 2
 
 
-def test_values_are_gathered_in_rank_order_on_every_rank(two_ranks: Path) -> None:
+def test_values_are_gathered_in_rank_order(two_ranks: Path) -> None:
     """Of different sizes, as pickled objects have."""
     expected = [{"rank": 0, "text": "x"}, {"rank": 1, "text": "x" * 1001}]
     assert [rank["gathered"] for rank in found(two_ranks)] == [expected, expected]
 
 
-def test_an_average_reaches_the_ranks_that_do_not_hold_it(two_ranks: Path) -> None:
+def test_an_average_reaches_the_other_ranks(two_ranks: Path) -> None:
     for rank in found(two_ranks):
         assert rank["owners"] == [0, 1]  # each holds a part
         assert rank["average"] == pytest.approx([1 + (1 - 2 / 11) * 2] * 4)  # float32
@@ -202,21 +190,19 @@ def calls(module: re.Pattern | None = None) -> set[tuple[str, str, str]]:
 
 
 def test_every_direct_use_of_torch_distributed_has_a_row() -> None:
-    assert calls() == COLLECTIVES.keys()
+    assert calls() == table(COLLECTIVES).keys()
 
 
-def test_every_file_that_exchanges_through_dist_py_has_a_row_or_a_reason() -> None:
-    """Missing on two ranks: previews and the filling of the cache, whose own tests have one rank."""
-    known = {"sampling/preview.py", "system.py"}
+def test_every_file_that_exchanges_through_dist_py_has_a_row() -> None:
     exchanging = {
         (file, called)
         for file, _, called in calls(re.compile("dist"))
-        if called in {"any_rank", "gather", "barrier"} and file not in known
+        if called in {"any_rank", "gather", "barrier"} and file not in ON_ONE_RANK
     }
-    assert exchanging <= CALLERS.keys()
+    assert exchanging == table(CALLERS).keys()
 
 
-@pytest.mark.parametrize("name", sorted({*COLLECTIVES.values(), *CALLERS.values()}))
+@pytest.mark.parametrize("name", sorted({*table(COLLECTIVES).values(), *table(CALLERS).values()}))
 def test_every_test_that_the_tables_name_exists_and_has_two_ranks(name: str) -> None:
     file, test = name.split("::")
     functions = {

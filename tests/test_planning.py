@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -47,6 +48,17 @@ def test_planned_activations_are_the_counted_ones(model: str, method: str, polic
     # Beside the blocks' own, the ends of the network keep up to four tensors of tokens x width.
     unit = (1 if model != "1.5-5B" else 45_104 / 17_776) * 17_776 * config.model.transformer.hidden_size * 2
     assert 0.95 * unit <= after - kept <= 4.6 * unit
+
+
+def test_the_documented_plan_is_that_of_today() -> None:
+    results = json.loads((benchmark_memory.RESULTS / "memory.json").read_text())
+    assert len(results["passes"]) == 3 * 2 * len(benchmark_memory.POLICIES)
+    for row in results["passes"]:
+        kept, most = planned_pass(config_of(row["model"], row["method"], row["policy"]))
+        assert (row["planned_kept"], row["planned"]) == (kept, most)
+        assert most == pytest.approx(row["counted"], rel=0.01)
+    for row, target in zip(results["targets"], benchmark_memory.TARGETS, strict=True):
+        assert row["planned"] == training_peak(load(*target.files, overrides=target.overrides), 1)
 
 
 def test_a_batch_multiplies_the_activations() -> None:

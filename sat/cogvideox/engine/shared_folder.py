@@ -30,6 +30,6 @@ def check_shared(folder: str | Path) -> None:
     if blind:
         others = " and others" if len(blind) > 3 else ""
         raise ValueError(
-            f"run.dir={folder}: {', '.join(blind[:3])}{others} cannot see what rank 0 on {seen[0][1]} writes there, and "
-            "every rank writes its part of a checkpoint: name a folder on a file system that all nodes share"
+            f"run.dir={folder}: {', '.join(blind[:3])}{others} cannot see what rank 0 on {seen[0][1]} writes there, "
+            "and every rank writes its part of a checkpoint: name a folder on a file system that all nodes share"
         )
