@@ -173,6 +173,13 @@ def test_every_third_block_counts_from_the_first() -> None:
     assert Recompute("selective").counts(5) == {"selective": 5}
 
 
+def test_a_chosen_policy_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="cogvideox")
+    overrides = ("data.latent_cache=c", f"{KEY}=24 GiB")
+    cogvideox.build_transformer(load("cogvideox_5b", "lora", overrides=overrides), device="meta")
+    assert "checkpoint_activations=24 GiB takes selective, planned to need 23.3 GiB" in caplog.text
+
+
 def test_a_network_alone_takes_no_budget() -> None:
     with pytest.raises(ValueError, match="a budget is chosen for a run"):
         Checkpointing("24 GiB")

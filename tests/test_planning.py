@@ -334,3 +334,11 @@ def test_a_budget_is_refused_before_anything_is_loaded() -> None:
     config = load("cogvideox_5b", "sft", overrides=("model.transformer.checkpoint_activations=8 GiB",))
     with pytest.raises(ConfigError, match="cannot be met"):
         describe(config)
+
+
+def test_a_gpu_without_a_dry_run_is_an_error(capsys: pytest.CaptureFixture) -> None:
+    import train_video
+
+    with pytest.raises(SystemExit):
+        train_video.main(["--base", str(CONFIGS / "tiny_t2v.yaml"), "--gpu", "h200"])
+    assert "add --dry-run" in capsys.readouterr().err

@@ -40,6 +40,8 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str], list[str]]:
     """(arguments, YAML files, overrides). Overrides may stand anywhere, with or without leading dashes."""
     arguments, unknown = parser.parse_known_args(argv)
+    if getattr(arguments, "gpu", None) and not arguments.dry_run:
+        parser.error("--gpu names the GPU of a plan: add --dry-run")
     overrides = list(arguments.overrides)
     for name in ("base", "prompt", "lora", "output", "from_latents"):
         # Options that take several values also swallow the overrides behind them.

@@ -36,7 +36,7 @@ class Recompute:
         return {self.what: again} if again == num_layers else {self.what: again, "none": num_layers - again}
 
     def __str__(self) -> str:
-        return self.what if self.every == 1 else f"every {self.every}th block {self.what}"
+        return self.what if self.every == 1 else f"{self.what} in 1 of {self.every} blocks"
 
 
 @dataclass(frozen=True)

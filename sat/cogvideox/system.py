@@ -29,6 +29,7 @@ from cogvideox.model.patch_embed import pad_front
 from cogvideox.model.reference import ReferenceAttention
 from cogvideox.model.transformer import ExpertTransformer
 from cogvideox.planning.choices import resolve_budget
+from cogvideox.planning.memory import training_peak
 from cogvideox.system_sampling import (
     DEFAULT_STRENGTH,
     Progress,
@@ -69,6 +70,13 @@ def build_transformer(
     # A memory budget becomes the policy that this run takes for it.
     run = resolve_budget(config, dist.world_size())
     arguments["checkpoint_activations"] = run.model.transformer.checkpoint_activations
+    if run is not config and config.train is not None:
+        logger.info(
+            "model.transformer.checkpoint_activations=%s takes %s, planned to need %.1f GiB",
+            section.checkpoint_activations,
+            run.model.transformer.checkpoint_activations,
+            training_peak(run, dist.world_size()) / 2**30,
+        )
     return ExpertTransformer(**arguments, device=device, skip_init=skip_init)
 
 
