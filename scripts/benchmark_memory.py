@@ -54,22 +54,26 @@ class Target:
     published: float
 
 
-CACHED = "data.latent_cache=cache"
+CACHED = ("data.latent_cache=cache", "data.text_cache=cache")
 TARGETS = (
     Target(
         "2B LoRA",
         ("cogvideox_2b", "lora"),
-        (CACHED, "model.transformer.checkpoint_activations=full"),
+        (*CACHED, "model.transformer.checkpoint_activations=full"),
         10,
         47,
     ),
     Target(
-        "5B LoRA", ("cogvideox_5b", "lora"), (CACHED, "model.transformer.checkpoint_activations=full"), 24, 63
+        "5B LoRA",
+        ("cogvideox_5b", "lora"),
+        (*CACHED, "model.transformer.checkpoint_activations=full"),
+        24,
+        63,
     ),
     Target(
         "2B full",
         ("cogvideox_2b", "sft"),
-        (CACHED, "model.transformer.checkpoint_activations=selective"),
+        (*CACHED, "model.transformer.checkpoint_activations=selective"),
         40,
         62,
     ),
@@ -82,7 +86,7 @@ def load(*names: str, overrides: tuple[str, ...] = ()) -> Config:
 
 def config_of(model: str, method: str, policy: str, *overrides: str) -> Config:
     setting = f"model.transformer.checkpoint_activations={policy}"
-    return load(MODELS[model], METHODS[method], overrides=(CACHED, setting, *overrides))
+    return load(MODELS[model], METHODS[method], overrides=(*CACHED, setting, *overrides))
 
 
 # ------------------------------------------------------------------------------- forward and backward at full size

@@ -175,7 +175,7 @@ def test_every_third_block_counts_from_the_first() -> None:
 
 def test_a_chosen_policy_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="cogvideox")
-    overrides = ("data.latent_cache=c", f"{KEY}=24 GiB")
+    overrides = ("data.latent_cache=c", "data.text_cache=c", f"{KEY}=24 GiB")
     cogvideox.build_transformer(load("cogvideox_5b", "lora", overrides=overrides), device="meta")
     assert "checkpoint_activations=24 GiB takes selective, planned to need 23.3 GiB" in caplog.text
 
@@ -188,7 +188,9 @@ def test_a_network_alone_takes_no_budget() -> None:
 def test_a_budget_becomes_the_policy_of_the_run() -> None:
     chosen = {}
     for gib in (19.5, 24, 62, 80):
-        config = load("cogvideox_5b", "lora", overrides=("data.latent_cache=c", f"{KEY}={gib} GiB"))
+        config = load(
+            "cogvideox_5b", "lora", overrides=("data.latent_cache=c", "data.text_cache=c", f"{KEY}={gib} GiB")
+        )
         resolved = resolve_budget(config)
         chosen[gib] = str(resolved.model.transformer.checkpoint_activations)
         assert training_peak(resolved, 1) <= gib * 2**30

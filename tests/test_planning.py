@@ -172,7 +172,9 @@ def test_encoding_and_activations_are_never_added_up() -> None:
 
 
 def test_with_a_cache_neither_vae_nor_text_encoder_is_there() -> None:
-    cached = training_phases(load("cogvideox_2b", "sft", overrides=("data.latent_cache=c",)), 1)
+    cached = training_phases(
+        load("cogvideox_2b", "sft", overrides=("data.latent_cache=c", "data.text_cache=c")), 1
+    )
     kinds = {kind for kinds in cached.values() for kind in kinds}
     assert not {"VAE", "VAE at work", "text encoder"} & kinds and "encoding" not in cached
 
@@ -237,7 +239,7 @@ def test_the_step_of_a_5b_lora_is_near_the_reference_s_estimate() -> None:
 
 def test_raw_clips_cost_the_vae_s_encoding() -> None:
     cached, raw = (
-        load("cogvideox_5b", "lora", overrides=("data.latent_cache=c",)),
+        load("cogvideox_5b", "lora", overrides=("data.latent_cache=c", "data.text_cache=c")),
         load("cogvideox_5b", "lora"),
     )
     cluster = Cluster(gpu_named("h200"))
@@ -250,7 +252,7 @@ def test_raw_clips_cost_the_vae_s_encoding() -> None:
 
 
 def test_more_memory_is_never_planned_for_keeping_less() -> None:
-    config = load("cogvideox_5b", "sft", overrides=("data.latent_cache=c",))
+    config = load("cogvideox_5b", "sft", overrides=("data.latent_cache=c", "data.text_cache=c"))
     peaks = [
         training_peak(replace(Choice.of(config), policy=Recompute(what)).applied(config), 8)
         for what in ("none", "products", "selective", "full")
@@ -259,7 +261,10 @@ def test_more_memory_is_never_planned_for_keeping_less() -> None:
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
-    config, gpu = load("cogvideox_5b", "lora", overrides=("data.latent_cache=c",)), gpu_named("h100")
+    config, gpu = (
+        load("cogvideox_5b", "lora", overrides=("data.latent_cache=c", "data.text_cache=c")),
+        gpu_named("h100"),
+    )
     way = Choice.of(config)
     most = planned(config, way, Cluster(gpu), 1).most
     peaks = [training_peak(replace(way, batch=batch).applied(config), 1) for batch in (most, most + 1)]
@@ -290,7 +295,9 @@ def test_the_description_names_what_a_user_looks_for() -> None:
 
 
 def test_for_a_gpu_the_configured_way_is_marked_and_the_fastest_named() -> None:
-    text = describe(load("cogvideox_5b", "sft", overrides=("data.latent_cache=c",)), gpu="h100")
+    text = describe(
+        load("cogvideox_5b", "sft", overrides=("data.latent_cache=c", "data.text_cache=c")), gpu="h100"
+    )
     rows = [line for line in text.splitlines() if line.startswith("* full")]
     assert len(rows) == 1 and " full " in rows[0] and "no" in rows[0]  # 16 bytes x 5.6 billion on 80 GB
     assert (

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogvideox import dist
 from cogvideox.build import build, factory
 from cogvideox.conditioning.conditioner import Conditioner
 from cogvideox.config import Config, ConfigError, reference_count

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cogvideox.config import Config, ConfigError, LoraConfig
+from cogvideox.config import Config, ConfigError, LoraConfig, trains_text_encoder
 from cogvideox.gpus import GPU, gpu_named
 from cogvideox.planning.communication import Cluster
 from cogvideox.planning.memory import RESERVE, training_peak, zero_section
@@ -20,7 +20,10 @@ LARGEST_BATCH = 64
 
 @dataclass(frozen=True)
 class Choice:
-    """One way.  method: full or LoRA.  stage, offload: of ZeRO.  batch: clips per rank and micro-step."""
+    """One way.  method: full or LoRA.  stage, offload: of ZeRO.  batch: clips per rank and micro-step.
+
+    cached: latents, and the text features of an encoder that is not trained.
+    """
 
     method: str
     policy: Recompute
@@ -48,7 +51,10 @@ class Choice:
         t = dataclasses.replace(config.model.transformer, checkpoint_activations=self.policy)
         config.model = dataclasses.replace(config.model, transformer=t)
         config.train = dataclasses.replace(config.train, batch_size=self.batch)
-        config.data = dataclasses.replace(config.data, latent_cache="cache" if self.cached else None)
+        if self.cached != (config.data.latent_cache is not None):
+            latents = "cache" if self.cached else None
+            text = None if trains_text_encoder(config) else latents
+            config.data = dataclasses.replace(config.data, latent_cache=latents, text_cache=text)
         config.lora = (config.lora or LoraConfig(rank=128)) if self.method == "LoRA" else None
         zero = {
             k: v for k, v in zero_section(config).items() if k not in ("offload_optimizer", "cpu_offload")
@@ -139,7 +145,7 @@ def _other_ways(config: Config, ranks: int) -> str:
     smallest = dataclasses.replace(Choice.of(_with_policy(config, Recompute("full"))))
     ways = {
         "train.batch_size=1": dataclasses.replace(smallest, batch=1),
-        "data.latent_cache": dataclasses.replace(smallest, cached=True),
+        "data.latent_cache and data.text_cache": dataclasses.replace(smallest, cached=True),
         "deepspeed.zero_optimization.offload_optimizer.device=cpu": dataclasses.replace(
             smallest, offload=True
         ),

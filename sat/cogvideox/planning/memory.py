@@ -101,13 +101,13 @@ def training_peak(config: Config, ranks: int) -> float:
 
 
 def _frozen_models(config: Config) -> dict[str, float]:
-    """VAE and text encoder; neither is there where latents and text features come from the cache."""
-    if config.model.transformer is None or (config.data and config.data.latent_cache):
+    """VAE and text encoder, as far as latents and text features do not come from the caches."""
+    if config.model.transformer is None:
         return {}
-    text, result = plan.text_encoder(config), {}
-    if text and not text.trained:
+    text, data, result = plan.text_encoder(config), config.data, {}
+    if text and not text.trained and not (data and data.text_cache):
         result["text encoder"] = float(text.parameters * text.bytes_per_weight)
-    if config.vae:
+    if config.vae and (data is None or data.latent_cache is None or config.model.has_image_condition):
         result["VAE"] = float(plan.vae_parameters(config.vae) * plan.BYTES[config.vae.precision])
     return result
 

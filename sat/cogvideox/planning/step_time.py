@@ -89,14 +89,13 @@ def step_time(config: Config, cluster: Cluster, ranks: int) -> StepTime:
     part = policy.counts(t.num_layers).get(policy.what, 0) / t.num_layers if policy.what != "none" else 0.0
     recomputation = again.matmul / rates.matmul + again.attention / rates.attention + part * passing
 
-    text = vae = 0.0
-    if config.data.latent_cache is None:
-        encoder = plan.text_encoder(config)
-        if encoder:
-            text = 2.0 * encoder.parameters * t.text_length * (3 if encoder.trained else 1) / rates.matmul
-        pixels = config.data.num_frames * config.data.height * config.data.width
-        work = ENCODE_FLOPS_PER_PIXEL * pixels * (config.vae.channels / 128) ** 2
-        vae = work / rates.convolution
+    text, data, encoder = 0.0, config.data, plan.text_encoder(config)
+    if encoder and (encoder.trained or data.text_cache is None):
+        text = 2.0 * encoder.parameters * t.text_length * (3 if encoder.trained else 1) / rates.matmul
+    # An image condition encodes its first frame in every step, also beside cached latents.
+    frames = (data.num_frames if data.latent_cache is None else 0) + config.model.has_image_condition
+    work = ENCODE_FLOPS_PER_PIXEL * frames * data.height * data.width * (config.vae.channels / 128) ** 2
+    vae = work / rates.convolution
     return StepTime(
         text=clips * text,
         vae=clips * vae,
