@@ -17,7 +17,8 @@ from cogvideox import environment
 from cogvideox.build import build
 from cogvideox.command_line import add_config_arguments, leave, parse, run_door
 from cogvideox.config import Config, ConfigError, Part, load_config, save_config, to_yaml
-from cogvideox.plan import describe
+from cogvideox.planning.choices import resolve_budget
+from cogvideox.planning.description import describe
 from cogvideox.sampling.prompts import make_requests
 
 
@@ -42,8 +43,9 @@ def main(argv: list[str]) -> int:
             )
     if arguments.dry_run:
         print(to_yaml(config))
-        print(describe(config, environment.world_size()))
+        print(describe(config, environment.world_size(), gpu=arguments.gpu))
         return 0
+    resolve_budget(config, environment.world_size())  # one that cannot be met is an error now
     if config.data.path is None:
         raise ConfigError(
             "data.path is missing: a folder of videos with captions (data/README.md shows the layouts)"
@@ -60,6 +62,7 @@ def train(config: Config) -> None:
     from cogvideox.data.overlap import warn_of_overlap
     from cogvideox.engine.logging import get_logger
     from cogvideox.engine.optim import check_train_config
+    from cogvideox.engine.shared_folder import check_shared
     from cogvideox.engine.trainer import Trainer
     from cogvideox.evaluation.held_out import build_validation
     from cogvideox.sampling.preview import Previews
@@ -124,6 +127,7 @@ def train(config: Config) -> None:
             "command": shlex.join(sys.argv),
         },
     )
+    check_shared(config.run.dir)
     if dist.is_main():
         describe_run(config)  # only now: a mistake above leaves no folder behind
         sources.start()

@@ -32,7 +32,7 @@ from cogvideox.model.lora import (
 )
 from cogvideox.model.quantize import EightBitLinear, TorchaoLinear, quantize_base
 from cogvideox.model.transformer import PREFIX
-from cogvideox.plan import training_memory
+from cogvideox.planning.memory import training_phases
 from cogvideox.weights.identify import identify
 from cogvideox.weights.lora.apply import add_to_network, applied, start_adapters
 from cogvideox.weights.lora.file import read_lora
@@ -391,7 +391,9 @@ def test_the_plan_of_a_5b_lora_on_int8_is_what_its_tensors_take() -> None:
     inject_lora(net, 64)
     counted = sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
     tables = sum(t.nbytes for name, t in net.named_buffers() if "pos_embed" in name)
-    assert training_memory(config, 1)["weights"] == pytest.approx(counted - tables, rel=1e-3)
+    kinds = training_phases(config, 1)["update"]
+    planned = kinds["weights"] + kinds["frozen base in eight bits"]
+    assert planned == pytest.approx(counted - tables, rel=1e-3)
 
 
 def test_merging_into_eight_bits_is_refused() -> None:

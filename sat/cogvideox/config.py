@@ -19,6 +19,7 @@ from typing import Any
 from cogvideox.config_merge import ConfigError, Part, dump_yaml, merge_files, set_by_path, to_dataclass
 from cogvideox.config_names import spell_out
 from cogvideox.optimizer_names import check_zero
+from cogvideox.recompute import read_recompute
 
 __all__ = [
     "Config",
@@ -65,8 +66,11 @@ class TransformerConfig:
     patch_embed: Part = field(default_factory=lambda: Part("cogvideox.model.patch_embed.PatchEmbed"))
     adaln: Part = field(default_factory=lambda: Part("cogvideox.model.adaln.ExpertAdaLN"))
     final_layer: Part = field(default_factory=lambda: Part("cogvideox.model.final_layer.FinalLayer"))
-    checkpoint_activations: bool = False
-    # Recompute each layer in the backward pass: one forward more, a fraction of the memory.
+    checkpoint_activations: Any = False
+    # What each block keeps for the backward pass; the rest is computed again from its input. false or none: everything.
+    # products: the outputs of linear layers and attention, half the memory for hardly more work. selective: the outputs
+    # of attention. true or full: nothing. A whole number n: blocks 0, n, 2n ... as full, the others as none. "24 GiB":
+    # the fastest of these whose planned peak fits.
 
 
 @dataclass
@@ -505,6 +509,10 @@ def _check_transformer(t: TransformerConfig) -> None:
         )
     if len(t.patch_size) != 3 or min(t.patch_size) < 1:
         raise ConfigError(f"model.transformer.patch_size={t.patch_size}: expected three numbers [t, h, w]")
+    try:
+        read_recompute(t.checkpoint_activations)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_size(section: Any, name: str, vae: VAEConfig, transformer: TransformerConfig | None) -> None:

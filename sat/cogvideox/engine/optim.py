@@ -14,6 +14,7 @@ from cogvideox.build import factory
 from cogvideox.config import GroupConfig, Part, TrainConfig
 from cogvideox.engine.groups import parameter_groups, split_by_blocks
 from cogvideox.engine.logging import get_logger
+from cogvideox.engine.pieces import PIECE_ELEMENTS, cut_groups
 from cogvideox.optimizer_names import check_zero, known_optimizer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,7 +24,9 @@ SCHEDULES = ("constant", "cosine", "linear")
 _ADAM_FAMILY = ("sat.ops.FusedEmaAdam", "FusedEmaAdam", "AdamW", "Adam", "FusedAdam")
 # SAT's published files write these beside fp16 instead of inside, where DeepSpeed never sees them.
 _LOSS_SCALE_KEYS = ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
-_LARGEST_BUCKET = 500_000_000  # elements, DeepSpeed's default
+# Elements, 200 MB in bf16: links are at their rate long before. With DeepSpeed's own 500 million the buffers (three, as
+# one is filled while another is reduced) take 3 GB.
+_LARGEST_BUCKET = 100_000_000
 
 
 def check_train_config(config: TrainConfig, device: torch.device) -> None:
@@ -77,6 +80,7 @@ def build_optimizer(
     block = part.params.get("block_size", known_optimizer(part.target).block)
     if block > 1:
         groups = split_by_blocks(groups, block * dist.world_size())
+    groups = cut_groups(groups)
     bound = factory(part, params=groups)
     if not getattr(bound.func, "needs_names", False):
         for group in groups:
@@ -159,6 +163,7 @@ def deepspeed_config(
             "reduce_scatter": True,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            "sub_group_size": PIECE_ELEMENTS,  # what a piece is to ZeRO-1 and 2, for ZeRO-3
         },
         # Any torch optimizer is taken as it is, also with its state offloaded to the CPU.
         "zero_allow_untested_optimizer": True,
