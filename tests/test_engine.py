@@ -238,7 +238,7 @@ def test_the_other_zero_stages_go_on_bitwise_after_a_stop(tmp_path: Path, stage:
     }
     folder, reference = tmp_path / "stopped", tmp_path / "reference"
     make_trainer({"run_dir": str(folder), "terminate_at": 2, **common}).run()
-    assert logged(folder, "step") == [1, 2, 3]
+    assert logged(folder, "step") == [0, 1, 2, 3]  # 0: the validation before the first step
     make_trainer({"run_dir": str(folder), **common}).run()
     make_trainer({"run_dir": str(reference), **common}).run()
     for name in ("step", "train/loss", "train/grad_norm", "train/lr", "val/loss"):
@@ -289,7 +289,7 @@ def test_validation_leaves_training_untouched(tmp_path: Path) -> None:
         train = {"steps": 6, "validate_every": every, "ema_decay": 0.5}
         make_trainer({"run_dir": str(tmp_path / name), "train": train}).run()
     assert logged(tmp_path / "with") == logged(tmp_path / "without")
-    assert len(logged(tmp_path / "with", "val/loss")) == 3
+    assert len(logged(tmp_path / "with", "val/loss")) == 4  # before step 1, after 2, 4 and 6
 
 
 def test_evaluation_sees_the_average_and_training_gets_its_weights_back(tmp_path: Path) -> None:

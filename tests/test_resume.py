@@ -139,7 +139,8 @@ def check_equal(killed: Path, reference: Path) -> None:
 def test_a_run_killed_twenty_times_is_bitwise_the_run_that_was_not(toys: tuple[Path, Path]) -> None:
     killed, reference = toys
     check_equal(killed, reference)
-    lines = trained(reference)
+    start, *lines = trained(reference)
+    assert start["step"] == 0 and "val/loss" in start  # the validation before the first step
     assert [r["step"] for r in lines] == list(range(2, STEPS + 1, 2))  # of a whole curve
     assert len({r["train/loss"] for r in lines}) == len({r["val/loss"] for r in lines}) == STEPS / 2
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogvideox import dist
 from cogvideox.build import build, factory
 from cogvideox.conditioning.conditioner import Conditioner
 from cogvideox.config import Config, ConfigError, reference_count
@@ -19,13 +20,17 @@ from cogvideox.diffusion.constraints import KeepRegion
 from cogvideox.diffusion.denoiser import GuidedDenoiser
 from cogvideox.diffusion.guidance import ConstantGuidance
 from cogvideox.diffusion.inversion import ddim_invert
+from cogvideox.diffusion.noise import training_noise
 from cogvideox.diffusion.partial import TailSchedule, noised_start
 from cogvideox.diffusion.reference import ReferenceTrajectory
 from cogvideox.diffusion.samplers import ddim, noise_source
 from cogvideox.dist import RandomStreams
 from cogvideox.model.lora import freeze_base, merge_lora
+from cogvideox.model.patch_embed import pad_front
 from cogvideox.model.reference import ReferenceAttention
 from cogvideox.model.transformer import ExpertTransformer
+from cogvideox.planning.choices import resolve_budget
+from cogvideox.planning.memory import training_peak
 from cogvideox.system_sampling import (
     DEFAULT_STRENGTH,
     Progress,
@@ -37,6 +42,7 @@ from cogvideox.system_sampling import (
 )
 from cogvideox.system_text import build_conditions
 from cogvideox.system_vae import DTYPES, FrozenVAE, build_vae
+from cogvideox.system_validation import losses_at
 from cogvideox.system_weights import load_weights
 from cogvideox.vae.autoencoder import CausalVAE, posterior_mode, sample_posterior
 from cogvideox.vae.training import VAETraining
@@ -62,16 +68,17 @@ def build_transformer(
     arguments = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     for name in ("position", "patch_embed", "adaln", "final_layer"):
         arguments[name] = factory(arguments[name])
+    # A memory budget becomes the policy that this run takes for it.
+    run = resolve_budget(config, dist.world_size())
+    arguments["checkpoint_activations"] = run.model.transformer.checkpoint_activations
+    if run is not config and config.train is not None:
+        logger.info(
+            "model.transformer.checkpoint_activations=%s takes %s, planned to need %.1f GiB",
+            section.checkpoint_activations,
+            run.model.transformer.checkpoint_activations,
+            training_peak(run, dist.world_size()) / 2**30,
+        )
     return ExpertTransformer(**arguments, device=device, skip_init=skip_init)
-
-
-def pad_front(latents: Tensor, patch_t: int) -> Tensor:
-    """Repeat the first latent in front until the temporal patch divides T: (B, T, C, H, W) -> (B, T', C, H, W).
-
-    The one rule for training, image conditions and sampling (CogVideoX 1.5: 21 latents become 22).
-    """
-    missing = -latents.shape[1] % patch_t
-    return torch.cat([latents[:, :1]] * missing + [latents], dim=1) if missing else latents
 
 
 class VideoDiffusion(nn.Module):
@@ -190,10 +197,19 @@ class VideoDiffusion(nn.Module):
         x0 = self.encode_batch(batch, rng.local)  # (B, T, C, h, w)
         encode = partial(self.encode_pixels, generator=rng.local)
         condition = self.conditioner(batch, rng, encode, num_latent_frames=x0.shape[1])
-        noise = self._noise(x0, rng.local)
+        noise = training_noise(x0, rng.local, self.config.model.offset_noise)
         t = self.timesteps.sample(len(x0), rng, self.schedule.num_timesteps)  # (B,)
+        prediction, target = self.denoised(x0, condition, t, noise)
+        return self.loss(prediction, target, t, self.schedule)
+
+    def denoised(
+        self, x0: Tensor, condition: dict[str, Tensor], t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(predicted velocity, true velocity) of x0 (B, T, C, h, w) diffused to t (B,) with ``noise``, float32."""
         prediction = self.predict(self.schedule.add_noise(x0, noise, t), t, condition)
-        return self.loss(prediction.float(), self.schedule.velocity(x0, noise, t), t, self.schedule)
+        return prediction.float(), self.schedule.velocity(x0, noise, t)
+
+    losses_at = losses_at  # validation: the loss of one clip at given timesteps
 
     def predict(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The network's v-prediction: x (B, T, C, h, w), t (B,), condition with ``tokens`` and maybe ``concat``."""
@@ -207,13 +223,6 @@ class VideoDiffusion(nn.Module):
             concat_images=None if concat is None else pad_front(concat, self.patch_t),
             ofs=self.config.model.ofs if has_ofs else None,
         )
-
-    def _noise(self, x0: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-        if self.config.model.offset_noise:
-            offset = torch.randn(len(x0), generator=generator, device=x0.device)
-            noise = noise + self.config.model.offset_noise * offset[:, None, None, None, None]
-        return noise
 
     # ------------------------------------------------------------------------------------------------- latents
 

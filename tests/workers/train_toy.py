@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from cogvideox import dist
 from cogvideox.command_line import leave
-from cogvideox.config import Part, TrainConfig
+from cogvideox.config import GroupConfig, Part, TrainConfig
 from cogvideox.engine.trainer import Trainer
 from cogvideox.engine.validation import HeldOutLoss
+from cogvideox.model.quantize import EightBitLinear
 
 SEED = 7
 WIDTH = 6
@@ -34,7 +35,13 @@ class Toy(nn.Module):
     lora_rank: freeze it all and train two factors of a change of the first layer's weight instead.
     """
 
-    def __init__(self, dropout: float = 0.1, noise: float = 0.1, lora_rank: int | None = None):
+    def __init__(
+        self,
+        dropout: float = 0.1,
+        noise: float = 0.1,
+        lora_rank: int | None = None,
+        quantize: str | None = None,
+    ):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
@@ -47,6 +54,8 @@ class Toy(nn.Module):
             self.requires_grad_(False)
             self.lora_A = nn.Parameter(torch.randn(lora_rank, WIDTH, generator=generator))
             self.lora_B = nn.Parameter(torch.zeros(16, lora_rank))
+        if quantize is not None:
+            self.frozen = EightBitLinear(self.frozen, quantize, persistent=False)
 
     def forward(self, batch: dict[str, Tensor], rng: dist.RandomStreams) -> tuple[Tensor, dict[str, Tensor]]:
         x = batch["x"].to(self.first.weight.dtype)
@@ -97,7 +106,11 @@ def train_config(lr: float = 0.01, optimizer: Any = None, **fields: Any) -> Trai
 
 
 def make_trainer(run: dict[str, Any], module: nn.Module | None = None) -> Trainer:
-    config = train_config(**run.get("train", {}))
+    fields = dict(run.get("train", {}))
+    if "optimizer" in fields:
+        fields["optimizer"] = Part(**fields["optimizer"])
+    fields["groups"] = [GroupConfig(**group) for group in fields.get("groups", [])]
+    config = train_config(**fields)
     held_out = HeldOutLoss([samples(10_000 + 2 * i, 2) for i in range(3)], SEED)
     return Trainer(
         module or Toy(**run.get("toy", {})),
@@ -208,6 +221,7 @@ def main(runs: list[dict[str, Any]]) -> None:
             if "export_before" in run:
                 export(trainer, run["export_before"])
             result: dict[str, Any] = dataclasses.asdict(trainer.run())
+            result["frozen"] = str(trainer.engine.module.frozen.weight.dtype)
             if "export_after" in run:
                 export(trainer, run["export_after"])
         except (FloatingPointError, OSError, ValueError) as error:

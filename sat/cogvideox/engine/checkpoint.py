@@ -311,8 +311,10 @@ def _load_file(path: str, map_location: Any = None) -> Any:
     known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     try:
         with torch.serialization.safe_globals(known):
+            # DeepSpeed's map_location is a function for "cpu"; torchao's optimizer states take no function.
+            where = "cpu" if callable(map_location) else map_location
             # By this name, which universal.py does not redirect to here.
-            return torch.serialization.load(path, map_location=map_location, weights_only=True)
+            return torch.serialization.load(path, map_location=where, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} is missing, damaged, or holds more than tensors ({str(error).splitlines()[0]}); "

@@ -162,7 +162,7 @@ class RunLog:
         self._file = None
         if dist.is_main():
             run_dir.mkdir(parents=True, exist_ok=True)
-            truncate(self.path, start)
+            truncate(self.path, start or -1)
             self._trackers = [_TRACKERS[name](run_dir) for name in trackers]
             self._file = open(self.path, "a")
         # disable=None: no bar where stderr is not a terminal; the console lines carry the time left there.
@@ -200,15 +200,21 @@ class RunLog:
         if self._file is not None:
             self._file.close()
 
-    def _seconds_left(self, step: int) -> float:
-        return (time.perf_counter() - self.began) / max(step - self.start, 1) * (self.steps - step)
+    def _seconds_left(self, step: int) -> float | None:
+        """None before the first step of this start."""
+        done = step - self.start
+        return (time.perf_counter() - self.began) / done * (self.steps - step) if done else None
 
 
-def console_line(step: int, steps: int, record: Mapping[str, float | None], seconds_left: float) -> str:
+def console_line(
+    step: int, steps: int, record: Mapping[str, float | None], seconds_left: float | None
+) -> str:
     """``step  120/1800  loss 0.1234  grad 0.56  lr 1.0e-04  0.181 s/step  data 0.002 s  3.2 GiB  left 0:05:12``"""
     columns = (
         ("train/loss", "loss {:.4f}"),
         ("val/loss", "val {:.4f}"),
+        ("val/delta", "change {:+.4f}"),
+        ("val/delta_se", "+- {:.4f}"),
         ("train/grad_norm", "grad {:8.3g}"),
         ("train/lr", "lr {:.2e}"),
         ("perf/step_s", "{:.3f} s/step"),
@@ -223,8 +229,10 @@ def console_line(step: int, steps: int, record: Mapping[str, float | None], seco
             parts.append(pattern.format(math.nan if value is None else value))
     if record.get("train/skipped_steps"):
         parts.append(f"skipped {record['train/skipped_steps']:.0f}")
-    minutes, seconds = divmod(round(seconds_left), 60)
-    return "  ".join([*parts, f"left {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"])
+    if seconds_left is not None:
+        minutes, seconds = divmod(round(seconds_left), 60)
+        parts.append(f"left {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
+    return "  ".join(parts)
 
 
 def truncate(path: Path, step: int) -> None:

@@ -33,6 +33,8 @@ _FREE = {
         "train.validate_*",
         "train.validation_*",
         "train.preview_*",
+        "train.profile_*",
+        "train.timestep_bands",
         "train.trackers*",
         "data.validation_path",
         "sample.*",
@@ -40,7 +42,11 @@ _FREE = {
         "guidance.*",
     ],
     "when a run gives up": ["train.timeout_minutes", "train.max_nonfinite_steps"],
-    "how clips are read, not which": ["data.num_workers", "data.cache_in_memory_gib"],
+    "how clips are read, not which": [
+        "data.num_workers",
+        "data.clip_timeout_seconds",
+        "data.cache_in_memory_gib",
+    ],
     "the same numbers, recomputed or one by one": [
         "model.transformer.checkpoint_activations",
         "vae.slice_batch",

@@ -38,7 +38,10 @@ from cogvideox.engine.optim import (
     check_train_config,
     clip_or_drop_gradients,
     deepspeed_config,
+    kept_in_full,
     learning_rate_factor,
+    learning_rates,
+    set_learning_rates,
     trainer_checks_gradients,
 )
 from cogvideox.engine.validation import evaluating
@@ -77,7 +80,8 @@ class Trainer:
     ):
         """validate(module) -> metrics and preview(module, step) -> JSON values are called on every rank, in evaluation
         mode, with the averaged weights where there are any: every ``validate_every`` and ``preview_every`` steps, and
-        at the end.
+        at the end; validate also before the first step. It may have ``state()`` -> JSON values, kept in checkpoints,
+        and ``load(state)``, called where one is resumed.
 
         facts(), called on rank 0 at each save: what else a checkpoint's record (``weights.provenance``) says of the
         run, as JSON values: ``config``, ``dataset``, ``sources`` ... The last preview is a part of that record.
@@ -94,11 +98,8 @@ class Trainer:
         self.events, self.accepted = Events(self.run_dir), list(accepted)
         self.start_from = checkpoint.choose(self.run_dir / "checkpoints", config.resume, self.events)
 
-        optimizer = build_optimizer(module, config.optimizer, decay_norms_and_biases)
-        self.optimizer, self.base_learning_rates = (
-            optimizer,
-            [group["lr"] for group in optimizer.param_groups],
-        )
+        optimizer = build_optimizer(module, config.optimizer, decay_norms_and_biases, config.groups)
+        self.optimizer, self.base_learning_rates = optimizer, learning_rates(optimizer)
         settings = deepspeed_config(
             config,
             deepspeed_overrides or {},
@@ -121,6 +122,11 @@ class Trainer:
         if stage == 0:
             self.engine.basic_optimizer.state.clear()  # ... which must not count in Adam's bias correction
         self.checks_gradients = trainer_checks_gradients(stage, config.precision)
+        in_full, updated = kept_in_full(optimizer)
+        if in_full:
+            self.logger.info(
+                f"{in_full:,} of {updated:,} numbers of this rank keep optimizer states of 32 bits"
+            )
 
         self.ema = None if config.ema_decay is None else EMA(self.engine.module, config.ema_decay)
         self.checkpoints = checkpoint.Checkpoints(
@@ -159,6 +165,8 @@ class Trainer:
         with StopSignal() as stop:
             batches = self.loader.iterate(self.samples_seen)
             try:
+                if self.step == 0 and self._is_evaluated(last=False):
+                    log.write(0, self._evaluated())
                 while self.step < config.steps and not stopping:
                     with self.stopwatch.step():
                         self._train_step(batches)
@@ -235,8 +243,7 @@ class Trainer:
 
     def _set_learning_rate(self, factor: float) -> None:
         # Loading a checkpoint replaces the groups: they are looked up each time.
-        for group, base in zip(self.optimizer.param_groups, self.base_learning_rates, strict=True):
-            group["lr"] = base * factor
+        set_learning_rates(self.optimizer, [base * factor for base in self.base_learning_rates])
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0
@@ -255,7 +262,7 @@ class Trainer:
         return {
             **self.means.flush(),
             "train/grad_norm": float(self.grad_norm),
-            "train/lr": self.optimizer.param_groups[0]["lr"],
+            "train/lr": learning_rates(self.optimizer)[0],
             "train/skipped_steps": float(self.skipped_steps),
             "train/samples": float(self.samples_seen),
             **self.stopwatch.flush(clips_per_step(config, dist.world_size())),
@@ -317,6 +324,7 @@ class Trainer:
                 "best": self.best,
                 # A save between two logging steps: what was measured so far counts in the next line.
                 "means": dist.gather(self.means.state()),
+                "validation": getattr(self.validate, "state", lambda: None)(),
                 provenance.KEY: self._record(),
             },
         )
@@ -351,6 +359,7 @@ class Trainer:
         # Of the ranks that were, each counts once: those of rank 5 go to rank 1 of 4, none to a rank that is new.
         self.means.load(state["means"][dist.rank() :: dist.world_size()], self.engine.device)
         self.previewed = state.get(provenance.KEY, {}).get("preview")
+        getattr(self.validate, "load", lambda state: None)(state.get("validation"))
         before, now = state["global_batch_size"], clips_per_step(self.config, dist.world_size())
         if now != before:
             self.logger.warning(
