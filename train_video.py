@@ -18,7 +18,9 @@ from cogvideox.build import build
 from cogvideox.command_line import add_config_arguments, leave, parse, run_door
 from cogvideox.config import Config, ConfigError, Part, load_config, save_config, to_yaml
 from cogvideox.flops import clip_of, model_flops
-from cogvideox.plan import describe, lora_parameters
+from cogvideox.plan import lora_parameters
+from cogvideox.planning.choices import resolve_budget
+from cogvideox.planning.description import describe
 from cogvideox.sampling.prompts import make_requests
 
 
@@ -43,8 +45,9 @@ def main(argv: list[str]) -> int:
             )
     if arguments.dry_run:
         print(to_yaml(config))
-        print(describe(config, environment.world_size()))
+        print(describe(config, environment.world_size(), gpu=arguments.gpu))
         return 0
+    resolve_budget(config, environment.world_size())  # one that cannot be met is an error now
     if config.data.path is None:
         raise ConfigError(
             "data.path is missing: a folder of videos with captions (data/README.md shows the layouts)"
@@ -62,6 +65,8 @@ def train(config: Config) -> None:
     from cogvideox.engine.logging import get_logger
     from cogvideox.engine.optim import check_train_config
     from cogvideox.engine.resources import Resources
+    from cogvideox.engine.same_config import check_same_clips, check_same_run
+    from cogvideox.engine.shared_folder import check_shared
     from cogvideox.engine.trainer import Trainer
     from cogvideox.evaluation.held_out import build_validation
     from cogvideox.sampling.preview import Previews
@@ -72,8 +77,13 @@ def train(config: Config) -> None:
     resources = Resources(dist.device())  # counts from the start of the process
     logger = get_logger()  # from here on rank 0 speaks
     check_train_config(config.train, dist.device())
+    accepted = check_same_run(config)
     requests = make_requests(config.train.preview_prompts, config.seed)
     train_set = open_data(config, config.data.path)
+    fingerprint = dataset_fingerprint(train_set) if dist.is_main() else None
+    accepted += check_same_clips(config, fingerprint)
+    for difference in accepted:
+        logger.info(f"other than at the checkpoint: {difference}")
     validation_set = None
     if config.data.validation_path and config.train.validate_every is None:
         logger.warning("data.validation_path is given, but train.validate_every is null: no validation")
@@ -110,7 +120,6 @@ def train(config: Config) -> None:
     if validation_set is not None:
         validate = build_validation(config, system, validation_set, train_set)
 
-    fingerprint = dataset_fingerprint(train_set) if dist.is_main() else None
     sources = Sources(loaded_paths(config), Path(config.run.dir) / "sources.json", weights_digests(config))
     trainer = Trainer(
         system,
@@ -129,7 +138,9 @@ def train(config: Config) -> None:
         },
         work=work_of(config),
         resources=resources,
+        accepted=accepted,
     )
+    check_shared(config.run.dir)
     if dist.is_main():
         describe_run(config)  # only now: a mistake above leaves no folder behind
         sources.start()

@@ -371,7 +371,7 @@ def test_means_ignore_what_is_not_finite_and_survive_a_checkpoint() -> None:
         means.add({"a": torch.tensor(value), "b": torch.tensor(math.inf)})
     means.add({"late": torch.tensor(7.0)})
     restored = Means()
-    restored.load(json.loads(json.dumps(means.state())), torch.device("cpu"))
+    restored.load([json.loads(json.dumps(means.state()))], torch.device("cpu"))
     assert restored.flush() == means.flush() == {"a": 2.5, "b": None, "late": 7.0}
     assert means.flush() == {}
     assert combine([{"a": (1.0, 1)}, {"b": (3.0, 2)}, {"a": (5.0, 1)}]) == {"a": 3.0, "b": 1.5}

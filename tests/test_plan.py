@@ -1,10 +1,8 @@
-"""The closed forms of plan.py against published counts, built modules, and counted operations."""
+"""The closed forms of plan.py against published counts and built modules."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -105,98 +103,3 @@ def test_the_t5_formula_counts_what_transformers_builds(gated):
     with torch.device("meta"):
         encoder = T5EncoderModel(T5Config(**config))
     assert plan.t5_encoder_parameters(config) == sum(p.numel() for p in encoder.parameters())
-
-
-# -------------------------------------------------------------------------------------------------------- memory
-
-
-def memory(*names: str, world_size: int = 1, overrides: tuple[str, ...] = ()) -> dict[str, float]:
-    return plan.training_memory(load(*names, overrides=overrides), world_size)
-
-
-def test_full_fine_tuning_takes_16_bytes_per_parameter_on_one_gpu():
-    kinds = ("weights", "gradients", "fp32 masters", "optimizer states")
-    states = memory("cogvideox_2b", "sft")
-    assert sum(states[kind] for kind in kinds) == 16 * 1_693_783_872
-    averaged = memory("cogvideox_2b", "sft", overrides=("train.ema_decay=0.999",))
-    assert averaged["averaged weights (EMA)"] == 4 * 1_693_783_872
-
-
-def test_zero_stages_divide_states_then_gradients_then_weights():
-    one = memory("cogvideox_2b", "sft")
-    for stage, divided in (
-        (0, ()),
-        (1, ("fp32 masters", "optimizer states")),
-        (2, ("fp32 masters", "optimizer states", "gradients")),
-        (3, ("fp32 masters", "optimizer states", "gradients", "weights")),
-    ):
-        overrides = (f"deepspeed.zero_optimization.stage={stage}",)
-        eight = memory("cogvideox_2b", "sft", world_size=8, overrides=overrides)
-        for kind in ("weights", "gradients", "fp32 masters", "optimizer states"):
-            assert eight[kind] == one[kind] / (8 if kind in divided else 1), (stage, kind)
-
-
-def test_lora_keeps_states_of_the_adapters_only():
-    states = memory("cogvideox_5b", "lora")
-    adapters = 132_120_576
-    assert states["weights"] == 2 * (5_570_283_072 + adapters)
-    assert states["optimizer states"] == 8 * adapters
-
-
-def test_a_trainable_text_encoder_is_trained_except_by_lora():
-    whole, adapted = load("tiny_t2v"), load("tiny_t2v", "lora")
-    encoder = plan.text_encoder(whole).parameters
-    assert plan.trained_parameters(whole) == plan.network_parameters(whole) + encoder
-    assert plan.trained_parameters(adapted) == plan.lora_parameters(adapted)
-    assert plan.training_memory(adapted, 1)["text encoder, frozen"] == 4 * encoder
-
-
-def test_cached_latents_need_no_encoding_in_the_step():
-    encoding = "VAE encoding, for a moment (estimate)"
-    assert encoding in memory("cogvideox_2b", "sft")
-    cached = memory("cogvideox_2b", "sft", overrides=("data.latent_cache=cache", "data.text_cache=cache"))
-    assert not {encoding, "VAE, frozen", "text encoder, frozen"} & cached.keys()
-    # An image condition encodes a noised frame in every step.
-    with_image = ("data.latent_cache=cache", "data.text_cache=cache")
-    assert "VAE, frozen" in memory("cogvideox_5b_i2v", "sft", overrides=with_image)
-
-
-def test_checkpointed_activations_are_the_reference_estimate():
-    # 4.6 GB of layer inputs and 2.4 GB of one layer (2.0 and 1.5 for 2B, whose own figure includes the MLP in fp32).
-    assert memory("cogvideox_5b", "lora")["activations (estimate)"] / 1e9 == pytest.approx(
-        4.6 + 2.4, rel=0.02
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------- text
-
-
-def test_the_description_names_what_a_user_looks_for():
-    text = plan.describe(load("cogvideox_5b", "lora"), world_size=8)
-    for expected in (
-        "5,570,283,072",
-        "132,120,576",
-        "17,776 tokens",
-        "332.2 TFLOP",
-        "ZeRO-2 on 8 ranks",
-        "GiB",
-    ):
-        assert expected in text
-    assert all("estimate" in line for line in text.splitlines() if "activations" in line)
-
-
-def test_the_plan_of_sampling_is_given_where_nothing_is_trained():
-    text = plan.describe(load("cogvideox_2b"))
-    assert "50 steps with guidance" in text and "optimizer" not in text
-    assert "20 steps with guidance" in plan.describe(load("tiny_t2v"), sampling=True)
-
-
-def test_the_plan_needs_no_torch():
-    program = (
-        "import sys, cogvideox\nfrom cogvideox.plan import describe\n"
-        "describe(cogvideox.load_config([sys.argv[1]]))\nprint('torch' in sys.modules)"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", program, CONFIGS / "tiny_t2v.yaml"], capture_output=True, text=True, check=True
-    )
-    assert run.stdout.strip() == "False"

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 from cogvideox.config import Config, DataConfig, SampleConfig, TransformerConfig, latent_frames
+from cogvideox.recompute import Budget, read_recompute
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,22 @@ def step_flops(config: Config, clip: Clip, adapters: int = 0) -> float:
     """
     flops, adapted = forward_flops(config.model.transformer, clip), _adapter_flops(clip, adapters)
     backward = (1 if config.lora else 2) * flops.matmul + 2.5 * flops.attention + 2 * adapted
-    passes = 2 if config.model.transformer.checkpoint_activations else 1
-    return passes * (flops.forward + adapted) + backward
+    return flops.forward + adapted + backward + recomputed_flops(config, clip, adapters).forward
+
+
+def recomputed_flops(config: Config, clip: Clip, adapters: int = 0) -> Flops:
+    """What blocks compute a second time under ``model.transformer.checkpoint_activations``; a budget: nothing yet."""
+    t, policy = config.model.transformer, read_recompute(config.model.transformer.checkpoint_activations)
+    if isinstance(policy, Budget) or policy.what == "none":
+        return Flops(0.0, 0.0)
+    blocks = policy.counts(t.num_layers)[policy.what]
+    s, d = clip.tokens, t.hidden_size
+    adapted = _adapter_flops(clip, adapters) / t.num_layers
+    if policy.what == "products":
+        return Flops(blocks * adapted, 0.0)
+    layer = 24 * s * d * d + 2 * t.time_embed_dim * 12 * d
+    attention = blocks * 4.0 * s * s * d if policy.what == "full" else 0.0
+    return Flops(blocks * (layer + adapted), attention)
 
 
 def _adapter_flops(clip: Clip, adapters: int) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogvideox import dist
 from cogvideox.build import build, factory
 from cogvideox.conditioning.conditioner import Conditioner
 from cogvideox.config import Config, ConfigError, reference_count
@@ -32,6 +33,8 @@ from cogvideox.model.patch_embed import pad_front
 from cogvideox.model.reference import ReferenceAttention
 from cogvideox.model.transformer import ExpertTransformer
 from cogvideox.phases import untimed
+from cogvideox.planning.choices import resolve_budget
+from cogvideox.planning.memory import training_peak
 from cogvideox.system_sampling import (
     DEFAULT_STRENGTH,
     Progress,
@@ -69,6 +72,16 @@ def build_transformer(
     arguments = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     for name in ("position", "patch_embed", "adaln", "final_layer"):
         arguments[name] = factory(arguments[name])
+    # A memory budget becomes the policy that this run takes for it.
+    run = resolve_budget(config, dist.world_size())
+    arguments["checkpoint_activations"] = run.model.transformer.checkpoint_activations
+    if run is not config and config.train is not None:
+        logger.info(
+            "model.transformer.checkpoint_activations=%s takes %s, planned to need %.1f GiB",
+            section.checkpoint_activations,
+            run.model.transformer.checkpoint_activations,
+            training_peak(run, dist.world_size()) / 2**30,
+        )
     return ExpertTransformer(**arguments, device=device, skip_init=skip_init)
 
 

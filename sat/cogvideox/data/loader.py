@@ -1,9 +1,10 @@
-"""Batches in an order that follows from (seed, step) alone, so that a run resumes without any saved loader state.
+"""Batches in an order that follows from (seed, clips taken) alone, so that a run resumes without a saved loader state.
 
 Clips are numbered through all epochs: position p is place p % n of epoch p // n, and each epoch is a permutation drawn
-from (seed, epoch). The global batch of step k holds the positions [k G, (k + 1) G), G = batch_size * world_size, and
-rank r takes its r-th slice. So the global batch is the same for every split into ranks, and an epoch whose length G
-does not divide goes on into the next one within a batch: no clip is dropped and none is repeated.
+from (seed, epoch). After ``start`` clips the k-th batch of all ranks holds the positions start + [k G, (k + 1) G), G =
+batch_size * world_size, and rank r takes its r-th slice. So the global batch is the same for every split into ranks, a
+run goes on at the right clip on another number of them, and an epoch whose length G does not divide goes on into the
+next one within a batch: no clip is dropped and none is repeated.
 """
 
 from __future__ import annotations
@@ -96,19 +97,18 @@ class _Positions(Dataset):
 
 @dataclass
 class _LocalPositions:
-    """Batch sampler: this rank's positions of each step from ``start_step`` on, without end."""
+    """Batch sampler: this rank's positions of each batch from the position ``start`` on, without end."""
 
-    start_step: int
+    start: int
     batch_size: int
     rank: int
     world_size: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step
+        first = self.start + self.rank * self.batch_size
         while True:
-            first = (step * self.world_size + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
-            step += 1
+            first += self.world_size * self.batch_size
 
 
 def _ignore_stop_signals(worker_id: int) -> None:
@@ -180,12 +180,12 @@ class ResumableLoader:
         self.skipped: dict[str, str] = {}  # key -> reason, since the start of this process
         self._iterator = None
 
-    def iterate(self, start_step: int = 0) -> Iterator[dict]:
-        """The batches of this rank from ``start_step`` on, without end. Closing the generator ends its workers."""
+    def iterate(self, start: int = 0) -> Iterator[dict]:
+        """The batches of this rank after ``start`` clips of all ranks, without end. Closing it ends its workers."""
         self.close()
         loader = DataLoader(
             _Positions(self.dataset, self.order),
-            batch_sampler=_LocalPositions(start_step, self.batch_size, self.rank, self.world_size),
+            batch_sampler=_LocalPositions(start, self.batch_size, self.rank, self.world_size),
             collate_fn=_unpack,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),

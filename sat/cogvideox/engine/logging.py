@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cogvideox import dist
+from cogvideox.engine import durable
 
 
 class _ConsoleHandler(logging.Handler):
@@ -66,9 +67,14 @@ class Means:
         """Name -> (sum, count) of this rank; exact in JSON."""
         return {name: (self._sums[name].item(), self._counts[name].item()) for name in self._sums}
 
-    def load(self, state: Mapping[str, tuple[float, float]], device: torch.device) -> None:
-        self._sums = {name: torch.tensor(float(s), device=device) for name, (s, _) in state.items()}
-        self._counts = {name: torch.tensor(float(n), device=device) for name, (_, n) in state.items()}
+    def load(self, parts: Sequence[Mapping[str, tuple[float, float]]], device: torch.device) -> None:
+        """Go on from what ``state()`` said: one, or several of which this rank takes over all."""
+        self._sums.clear()
+        self._counts.clear()
+        for name, (total, count) in ((name, pair) for part in parts for name, pair in part.items()):
+            for kept, value in ((self._sums, total), (self._counts, count)):
+                value = torch.tensor(float(value), device=device)
+                kept[name] = kept[name] + value if name in kept else value
 
     def flush(self) -> dict[str, float | None]:
         """Means over everything added on all ranks since the last flush (every rank must call); None: no value."""
@@ -99,10 +105,11 @@ class RunLog:
     """``metrics.jsonl``, the console line, the bar and the trackers of one run. Only rank 0's writes anything."""
 
     def __init__(self, run_dir: Path, *, steps: int, start: int, trackers: list[str]):
-        """start: steps already done. Lines of ``metrics.jsonl`` after it are dropped: they will be made again. From 0
-        all are, the validation before the first step too."""
+        """start: steps already done, -1 for a new run. Lines of ``metrics.jsonl`` after it are dropped: they will be
+        made again, in a new run also that of step 0.
+        """
         self.path = run_dir / "metrics.jsonl"
-        self.steps, self.start, self.began = steps, start, time.perf_counter()
+        self.steps, self.start, self.began = steps, max(start, 0), time.perf_counter()
         self.logger = get_logger()
         self._trackers: list[Tracker] = []
         self._file = None
@@ -114,7 +121,7 @@ class RunLog:
         # disable=None: no bar where stderr is not a terminal; the console lines carry the time left there.
         self._bar = tqdm(
             total=steps,
-            initial=start,
+            initial=self.start,
             unit="step",
             dynamic_ncols=True,
             disable=None if dist.is_main() else True,
@@ -211,8 +218,9 @@ class WandbTracker:
         import wandb
 
         id_file = run_dir / "wandb_id"
-        run_id = id_file.read_text().strip() if id_file.is_file() else uuid.uuid4().hex[:8]
-        id_file.write_text(run_id)
+        if not id_file.is_file():
+            durable.replace(id_file, uuid.uuid4().hex[:8])
+        run_id = id_file.read_text().strip()
         try:
             self.run = wandb.init(
                 project="cogvideox", name=run_dir.name, id=run_id, resume="allow", dir=str(run_dir)

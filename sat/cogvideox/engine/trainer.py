@@ -2,15 +2,19 @@
 
 The module is any ``nn.Module`` with ``module(batch, rng) -> (loss, metrics)``: a 0-d loss that carries gradients and a
 dict of 0-d tensors to log. The loader is anything with ``iterate(start) -> endless generator of batches``, where
-``start`` counts the batches (one per micro-step) that this rank has already taken. Worker processes of a loader must
+``start`` counts the clips that all ranks together have already taken: the next micro-step takes the clips
+[start, start + batch_size * ranks), of which this rank gets its share. Worker processes of a loader must
 ignore SIGTERM and SIGINT: launchers signal whole sessions, and a worker that dies ends the run before it is saved.
 """
 
 from __future__ import annotations
 
+import math
+import shlex
 import signal
+import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +24,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cogvideox import dist
+from cogvideox import dist, environment
 from cogvideox.config import TrainConfig
 from cogvideox.dist import RandomStreams
 from cogvideox.engine import checkpoint, report
+from cogvideox.engine.checkpoint_folders import KeepRule
 from cogvideox.engine.ema import EMA, numel
+from cogvideox.engine.events import Events
+from cogvideox.engine.global_batch import clips_per_step, with_accumulation
 from cogvideox.engine.instruments import Instruments, Work
 from cogvideox.engine.logging import Means, RunLog, check_trackers, get_logger
 from cogvideox.engine.optim import (
@@ -32,7 +39,10 @@ from cogvideox.engine.optim import (
     check_train_config,
     clip_or_drop_gradients,
     deepspeed_config,
+    kept_in_full,
     learning_rate_factor,
+    learning_rates,
+    set_learning_rates,
     trainer_checks_gradients,
 )
 from cogvideox.engine.resources import Resources
@@ -71,6 +81,7 @@ class Trainer:
         work: Work | None = None,
         resources: Resources | None = None,
         decay_norms_and_biases: bool = False,
+        accepted: Sequence[str] = (),
     ):
         """validate(module) -> metrics and preview(module, step) -> JSON values are called on every rank, in evaluation
         mode, with the averaged weights where there are any: every ``validate_every`` and ``preview_every`` steps, and
@@ -84,20 +95,21 @@ class Trainer:
         it has kept one so far. A module that has the attribute ``phases`` is given the trainer's (``phases.Phases``),
         and one that has ``parameter_group(name)`` names the groups whose norms are logged. A metric of the module may
         also have one element per sample; each counts as a value of its own.
+
+        accepted: how the configuration differs from that of the checkpoint, in words, for the record of the resume.
         """
         check_train_config(config, dist.device())
         check_trackers(config.trackers)
+        config = with_accumulation(config, dist.world_size())
         self.config, self.loader, self.run_dir, self.seed = config, loader, Path(run_dir), seed
         self.validate, self.preview, self.facts = validate, preview, facts
         self.previewed: dict[str, Any] | None = None
         self.logger = get_logger()
-        self.start_from = checkpoint.find(self.run_dir / "checkpoints", config.resume)
+        self.events, self.accepted = Events(self.run_dir), list(accepted)
+        self.start_from = checkpoint.choose(self.run_dir / "checkpoints", config.resume, self.events)
 
-        optimizer = build_optimizer(module, config.optimizer, decay_norms_and_biases)
-        self.optimizer, self.base_learning_rates = (
-            optimizer,
-            [group["lr"] for group in optimizer.param_groups],
-        )
+        optimizer = build_optimizer(module, config.optimizer, decay_norms_and_biases, config.groups)
+        self.optimizer, self.base_learning_rates = optimizer, learning_rates(optimizer)
         settings = deepspeed_config(
             config,
             deepspeed_overrides or {},
@@ -105,6 +117,13 @@ class Trainer:
             world_size=dist.world_size(),
             device=dist.device(),
         )
+        fits = {
+            "precision": config.precision,
+            "zero_stage": settings["zero_optimization"]["stage"],
+            "parameters": checkpoint.trained_parameters(module, optimizer),
+        }
+        if self.start_from is not None:
+            checkpoint.check_fits(self.start_from, fits)
         self._set_learning_rate(0.0)  # DeepSpeed's stage 0 takes a step on zero gradients when it starts
         deepspeed = dist.import_deepspeed()
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
@@ -113,19 +132,27 @@ class Trainer:
         if stage == 0:
             self.engine.basic_optimizer.state.clear()  # ... which must not count in Adam's bias correction
         self.checks_gradients = trainer_checks_gradients(stage, config.precision)
+        in_full, updated = kept_in_full(optimizer)
+        if in_full:
+            self.logger.info(
+                f"{in_full:,} of {updated:,} numbers of this rank keep optimizer states of 32 bits"
+            )
 
         self.ema = None if config.ema_decay is None else EMA(self.engine.module, config.ema_decay)
         self.checkpoints = checkpoint.Checkpoints(
             self.engine,
             self.run_dir / "checkpoints",
-            precision=config.precision,
-            keep=config.keep_checkpoints,
+            fits=fits,
+            keep=KeepRule(config.keep_checkpoints, config.keep_best, config.keep_every),
+            timeout_minutes=config.timeout_minutes,
             ema=self.ema,
             config_file=self.run_dir / "config.yaml",
         )
-        self.step = self.skipped_steps = self.skipped_in_a_row = 0
+        self.step = self.samples_seen = self.skipped_steps = self.skipped_in_a_row = 0
+        self.best: dict[str, float] | None = None
+        # {"step", "val/loss"} of the lowest held-out loss so far.
+        self.resumed: dict[str, Any] | None = None
         self.grad_norm: Tensor | float = 0.0
-        self.samples_seen = 0
         self.means = Means()
         self.instruments = Instruments(self.engine, optimizer, config, self.run_dir, work)
         self.phases, self.resources = self.instruments.phases, resources or Resources(self.engine.device)
@@ -139,11 +166,17 @@ class Trainer:
         cannot be written.
         """
         config = self.config
-        log = RunLog(self.run_dir, steps=config.steps, start=self.step, trackers=config.trackers)
+        log = RunLog(
+            self.run_dir,
+            steps=config.steps,
+            start=-1 if self.resumed is None else self.step,
+            trackers=config.trackers,
+        )
+        self._say_started()
         stopping = False
         self.resources.begin("train")
         with StopSignal() as stop:
-            batches = self.loader.iterate(self.step * config.gradient_accumulation_steps)
+            batches = self.loader.iterate(self.samples_seen)
             try:
                 if self.step == 0 and self._is_evaluated(last=False):
                     log.write(0, self._evaluated())
@@ -152,22 +185,24 @@ class Trainer:
                     with self.instruments.step(self.step + 1, is_logged):
                         self._train_step(batches)
                     self.step += 1
-                    self.samples_seen += self.instruments.samples_per_step * dist.world_size()
+                    self.samples_seen += clips_per_step(config, dist.world_size())
                     log.advance()
                     stopping = stop.agreed()
                     last = self.step == config.steps
                     record: dict[str, float | None] = {}
                     if is_logged:
                         record |= self._measured()
+                    held_out = None
                     if self._is_evaluated(last):
                         record |= self._evaluated()
+                        held_out = self._compared(record.get("val/loss"))
                     if record:
                         log.write(self.step, record)
                     is_saved = self._is_due(config.save_every) or last or stopping
                     if is_saved:
                         log.sync()
                         with self.resources("save"):
-                            self._save()
+                            self._save(held_out)
                     # After the save: a kill during a long rendering costs no training step.
                     if not stopping and self._is_previewed(last, is_saved):
                         self._render_preview(is_saved)
@@ -230,8 +265,7 @@ class Trainer:
 
     def _set_learning_rate(self, factor: float) -> None:
         # Loading a checkpoint replaces the groups: they are looked up each time.
-        for group, base in zip(self.optimizer.param_groups, self.base_learning_rates, strict=True):
-            group["lr"] = base * factor
+        set_learning_rates(self.optimizer, [base * factor for base in self.base_learning_rates])
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0
@@ -250,7 +284,7 @@ class Trainer:
         return {
             **self.means.flush(),
             "train/grad_norm": gradient_norm,
-            "train/lr": self.optimizer.param_groups[0]["lr"],
+            "train/lr": learning_rates(self.optimizer)[0],
             "train/skipped_steps": float(self.skipped_steps),
             "train/samples": float(self.samples_seen),
             **self.instruments.read(gradient_norm),
@@ -299,14 +333,17 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
-    def _save(self) -> None:
+    def _save(self, held_out: float | None) -> None:
+        """held_out: the loss on held-out clips at this step; None where it was not measured."""
         self.checkpoints.save(
             self.step,
             {
+                "samples_seen": self.samples_seen,
+                "global_batch_size": clips_per_step(self.config, dist.world_size()),
                 "skipped_steps": self.skipped_steps,
                 "skipped_in_a_row": self.skipped_in_a_row,
-                "samples_per_step": self.config.batch_size * self.config.gradient_accumulation_steps,
-                "samples_seen": self.samples_seen,
+                "val/loss": held_out,
+                "best": self.best,
                 # A save between two logging steps: what was measured so far counts in the next line.
                 "means": dist.gather(self.means.state()),
                 "validation": getattr(self.validate, "state", lambda: None)(),
@@ -314,6 +351,14 @@ class Trainer:
                 provenance.KEY: self._record(),
             },
         )
+
+    def _compared(self, loss: float | None) -> float | None:
+        """Remember the best held-out loss; returns ``loss``, or None if it is no number."""
+        if loss is None or not math.isfinite(loss):
+            return None
+        if self.best is None or loss < self.best["val/loss"]:
+            self.best = {"step": self.step, "val/loss": loss}
+        return loss
 
     def _record(self) -> dict[str, Any]:
         """Where the weights come from, for those who find only the checkpoint; complete on rank 0."""
@@ -327,21 +372,52 @@ class Trainer:
         )
 
     def _resume(self, folder: Path) -> None:
+        hyperparameters = [dict(group) for group in self.optimizer.param_groups]
         state = self.checkpoints.load(folder)
-        self.step = state["step"]
+        for group, mine in zip(self.optimizer.param_groups, hyperparameters, strict=True):
+            # The checkpoint's come with its groups; run.force may have let others pass.
+            group.update({key: mine[key] for key in self.config.optimizer.params.keys() & mine.keys()})
+        self.step, self.samples_seen, self.best = state["step"], state["samples_seen"], state["best"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
-        self.samples_seen = state["samples_seen"]
-        self.means.load(state["means"][dist.rank()], self.engine.device)
         self.resources.load(state["resources"])
+        # Of the ranks that were, each counts once: those of rank 5 go to rank 1 of 4, none to a rank that is new.
+        self.means.load(state["means"][dist.rank() :: dist.world_size()], self.engine.device)
         self.previewed = state.get(provenance.KEY, {}).get("preview")
         getattr(self.validate, "load", lambda state: None)(state.get("validation"))
-        samples = self.config.batch_size * self.config.gradient_accumulation_steps
-        if samples != state["samples_per_step"]:
+        before, now = state["global_batch_size"], clips_per_step(self.config, dist.world_size())
+        if now != before:
             self.logger.warning(
-                f"{folder} took {state['samples_per_step']} clips per rank and step, this run takes {samples}: "
-                f"the order of the clips does not go on where it ended"
+                f"a step takes {now} clips from here on, {before} before: the learning rate was chosen for those. The "
+                f"order of the clips goes on where it ended; train.global_batch_size={before} keeps the batch on any "
+                f"number of ranks"
             )
+        self.resumed = {
+            "checkpoint": str(folder),
+            "step": self.step,
+            "samples": self.samples_seen,
+            "world_size": {"before": state["world_size"], "now": dist.world_size()},
+            "global_batch_size": {"before": before, "now": now},
+            "accepted": self.accepted,
+        }
         self.logger.info(f"resumed from {folder}: {self.step} of {self.config.steps} steps are done")
+
+    def _say_started(self) -> None:
+        self.events.write(
+            "started",
+            ranks=dist.world_size(),
+            steps=self.config.steps,
+            versions=environment.versions(),
+            command=shlex.join(sys.argv),
+        )
+        if self.resumed is not None:
+            self.events.write("resumed", **self.resumed)
+        saved, validated = self.config.save_every, self.config.validate_every
+        if self.validate is not None and self.config.keep_best and validated and saved % validated:
+            self.logger.info(
+                f"train.keep_best chooses among the steps that are validated and saved, every "
+                f"{math.lcm(saved, validated)} and the last: train.save_every={saved} is no multiple of "
+                f"train.validate_every={validated}"
+            )
 
 
 def poisoned_if_not_finite(loss: Tensor) -> Tensor:
