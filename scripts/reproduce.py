@@ -178,7 +178,8 @@ def _steps(run: Path, with_preview: bool = False) -> str:
 
 def config_of(subject: Subject, overrides: list[str]) -> Config:
     """What renders the preview: the run's configuration with the weights in their place. All of them must be there."""
-    from cogvideox.sampling.preview import as_trained, sampling_from, trains_text_encoder
+    from cogvideox.config import trains_text_encoder
+    from cogvideox.sampling.preview import as_trained, sampling_from
 
     config = config_from_dict(subject.record["config"], overrides)
     if subject.info is None:

@@ -62,6 +62,8 @@ def test_alone_without_a_launcher_there_is_a_group_of_one() -> None:
     assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
     assert dist.any_rank(True) and not dist.any_rank(False)
     assert dist.gather({"a": 1}) == [{"a": 1}]
+    first, second = dist.ticket_counter(), dist.ticket_counter()
+    assert [first(), first(), second(), first()] == [0, 1, 0, 2]
 
 
 def test_the_timeout_reaches_groups_made_by_others() -> None:

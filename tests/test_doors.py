@@ -68,7 +68,7 @@ def test_training_leaves_a_run_folder_that_explains_itself(runs: Path) -> None:
         assert {"config.yaml", "command.txt", "metrics.jsonl", "checkpoints", "loss.png"} <= files
     records = read_metrics(runs / "t2v" / "metrics.jsonl")
     assert [r["step"] for r in records if "train/loss" in r] == [1, 2, 3, 4]
-    assert [r["step"] for r in records if "val/loss" in r] == [2, 4]
+    assert [r["step"] for r in records if "val/loss" in r] == [0, 2, 4]
 
 
 def test_a_lora_run_stores_only_what_it_trained(runs: Path) -> None:
@@ -89,7 +89,7 @@ def test_the_same_command_goes_on_and_joins_the_metrics(runs: Path, clips: Path,
     )
     before, after = (
         [
-            (r["step"], r["train/loss"], r.get("val/loss"))
+            (r["step"], r.get("train/loss"), r.get("val/loss"), r.get("val/delta_se"))
             for r in read_metrics(folder / "t2v" / "metrics.jsonl")
         ]
         for folder in (runs, tmp_path)

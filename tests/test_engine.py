@@ -239,7 +239,7 @@ def test_the_other_zero_stages_go_on_bitwise_after_a_stop(tmp_path: Path, stage:
     }
     folder, reference = tmp_path / "stopped", tmp_path / "reference"
     make_trainer({"run_dir": str(folder), "terminate_at": 2, **common}).run()
-    assert logged(folder, "step") == [1, 2, 3]
+    assert logged(folder, "step") == [0, 1, 2, 3]  # 0: the validation before the first step
     make_trainer({"run_dir": str(folder), **common}).run()
     make_trainer({"run_dir": str(reference), **common}).run()
     for name in ("step", "train/loss", "train/grad_norm", "train/lr", "val/loss"):
@@ -290,7 +290,7 @@ def test_validation_leaves_training_untouched(tmp_path: Path) -> None:
         train = {"steps": 6, "validate_every": every, "ema_decay": 0.5}
         make_trainer({"run_dir": str(tmp_path / name), "train": train}).run()
     assert logged(tmp_path / "with") == logged(tmp_path / "without")
-    assert len(logged(tmp_path / "with", "val/loss")) == 3
+    assert len(logged(tmp_path / "with", "val/loss")) == 4  # before step 1, after 2, 4 and 6
 
 
 def test_evaluation_sees_the_average_and_training_gets_its_weights_back(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_the_preview_is_called_with_the_module_in_evaluation_mode(
         seen.append((module is trainer.engine.module, module.training, torch.is_grad_enabled()))
         return {"step": step}
 
-    trainer.preview = preview
+    trainer.looks.preview = preview
     trainer.run()
     assert seen == [(True, False, False)] * len(steps)
     # Checkpoint 3 carries the preview of step 3 where there was one, else the last before it.
@@ -336,7 +336,7 @@ def test_a_stop_is_not_held_up_by_a_preview_and_the_record_of_the_last_one_stays
     for terminate_at, steps in ((2, [2]), (None, [4, 6])):  # stopped at 3, then on to the end
         trainer = make_trainer(run | {"terminate_at": terminate_at})
         seen = []
-        trainer.preview = lambda module, step, seen=seen: seen.append(step) or {"step": step}
+        trainer.looks.preview = lambda module, step, seen=seen: seen.append(step) or {"step": step}
         trainer.run()
         assert seen == steps
     assert record(tmp_path, 3)["preview"] == {"step": 2} and record(tmp_path, 6)["preview"] == {"step": 6}
@@ -372,7 +372,7 @@ def test_means_ignore_what_is_not_finite_and_survive_a_checkpoint() -> None:
         means.add({"a": torch.tensor(value), "b": torch.tensor(math.inf)})
     means.add({"late": torch.tensor(7.0)})
     restored = Means()
-    restored.load(json.loads(json.dumps(means.state())), torch.device("cpu"))
+    restored.load([json.loads(json.dumps(means.state()))], torch.device("cpu"))
     assert restored.flush() == means.flush() == {"a": 2.5, "b": None, "late": 7.0}
     assert means.flush() == {}
     assert combine([{"a": (1.0, 1)}, {"b": (3.0, 2)}, {"a": (5.0, 1)}]) == {"a": 3.0, "b": 1.5}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogvideox.diffusion.loss import v_prediction_loss
+from cogvideox.diffusion.loss import losses_by_item, v_prediction_loss
 from cogvideox.diffusion.schedule import ZeroSNRSchedule
 
 
@@ -69,3 +69,13 @@ def test_gradient_reaches_the_prediction_in_its_dtype() -> None:
 def test_shapes_that_would_broadcast_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"predicts \(2, 1.*target is \(2, 3"):
         v_prediction_loss(torch.zeros(2, 1, 4), torch.zeros(2, 3, 4), torch.tensor([0, 0]), ZeroSNRSchedule())
+
+
+def test_losses_by_item_are_the_mean_squared_errors_of_each_item() -> None:
+    g = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(2, 3, 2, 4, 5, 6, generator=g)
+    losses = losses_by_item(
+        v_prediction_loss, prediction, target, torch.tensor([1, 2, 999]), ZeroSNRSchedule()
+    )
+    expected = ((prediction.double() - target.double()) ** 2).flatten(1).mean(1)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)  # float32 sums

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
+from cogvideox.cache.entries import EntryFolder
 from cogvideox.data.fingerprint import clips_fingerprint, dataset_fingerprint
 from cogvideox.data.latent_cache import LatentCache
 from cogvideox.data.layouts import Clip
@@ -115,7 +116,10 @@ def test_cached_latents_have_the_fingerprint_of_their_videos_and_other_datasets_
     tmp_path: Path,
 ) -> None:
     dataset = VideoFolder(SAMPLE, **SIZE)
-    assert dataset_fingerprint(LatentCache(dataset, tmp_path, "vae")) == dataset.fingerprint()
+    assert (
+        dataset_fingerprint(LatentCache(dataset, EntryFolder(tmp_path, "latents", {}, config_key="x")))
+        == dataset.fingerprint()
+    )
     assert dataset_fingerprint(Dataset()) is None
 
 

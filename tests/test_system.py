@@ -18,7 +18,8 @@ import cogvideox
 from cogvideox.config import ConfigError
 from cogvideox.dist import RandomStreams
 from cogvideox.model.lora import LoRALinear, inject_lora
-from cogvideox.system import VAESystem, VideoDiffusion, pad_front
+from cogvideox.model.patch_embed import pad_front
+from cogvideox.system import VAESystem, VideoDiffusion
 from cogvideox.weights import load
 from cogvideox.weights.vae_keys import sat_to_diffusers as vae_to_diffusers
 

@@ -8,12 +8,14 @@ group (of one rank where no launcher set the variables), so nothing above needs 
 from __future__ import annotations
 
 import datetime
+import itertools
 import logging
 import os
 import random
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -169,6 +171,22 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     torch_dist.all_gather_object(values, value)
     return values
+
+
+def ticket_counter() -> Callable[[], int]:
+    """A counter over all ranks, ``counter() -> 0, 1, 2 ...``, that gives each number once.
+
+    Every rank must call it, and in the same order as its other calls. The numbers come from the group's store, so a
+    rank that takes one waits for no other rank.
+    """
+    if world_size() == 1:
+        return itertools.count().__next__
+    key = f"cogvideox/tickets/{next(_ticket_counters)}"
+    store = distributed_c10d._get_default_store()
+    return lambda: store.add(key, 1) - 1
+
+
+_ticket_counters = itertools.count()
 
 
 def import_deepspeed() -> ModuleType:

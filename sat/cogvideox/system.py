@@ -11,24 +11,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from cogvideox import dist
 from cogvideox.build import build, factory
 from cogvideox.conditioning.conditioner import Conditioner
 from cogvideox.config import Config, ConfigError, reference_count
-from cogvideox.data.latent_cache import LatentCache, weights_fingerprint
+from cogvideox.diffusion.bands import band_names, band_of
 from cogvideox.diffusion.constraints import KeepRegion
 from cogvideox.diffusion.denoiser import GuidedDenoiser
 from cogvideox.diffusion.guidance import ConstantGuidance
 from cogvideox.diffusion.inversion import ddim_invert
+from cogvideox.diffusion.loss import losses_by_item
+from cogvideox.diffusion.noise import training_noise
 from cogvideox.diffusion.partial import TailSchedule, noised_start
 from cogvideox.diffusion.reference import ReferenceTrajectory
 from cogvideox.diffusion.samplers import ddim, noise_source
 from cogvideox.dist import RandomStreams
 from cogvideox.model.lora import freeze_base, merge_lora
+from cogvideox.model.parameter_groups import parameter_group
+from cogvideox.model.patch_embed import pad_front
 from cogvideox.model.reference import ReferenceAttention
 from cogvideox.model.transformer import ExpertTransformer
+from cogvideox.phases import untimed
+from cogvideox.planning.choices import resolve_budget
+from cogvideox.planning.memory import training_peak
 from cogvideox.system_sampling import (
     DEFAULT_STRENGTH,
     Progress,
@@ -39,9 +45,11 @@ from cogvideox.system_sampling import (
     kept_latents,
 )
 from cogvideox.system_text import build_conditions
+from cogvideox.system_vae import DTYPES, FrozenVAE, build_vae
+from cogvideox.system_validation import losses_at
 from cogvideox.system_weights import load_weights
 from cogvideox.vae.autoencoder import CausalVAE, posterior_mode, sample_posterior
-from cogvideox.vae.training import VAETraining, pixels_to_float
+from cogvideox.vae.training import VAETraining
 from cogvideox.weights import load
 from cogvideox.weights.fill import LoadReport
 
@@ -49,8 +57,6 @@ logger = logging.getLogger("cogvideox")
 
 Conditions = tuple[dict[str, Tensor], dict[str, Tensor]]
 """(conditional, unconditional) inputs of the network, each with ``tokens`` and maybe ``concat``."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_transformer(
@@ -66,26 +72,17 @@ def build_transformer(
     arguments = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     for name in ("position", "patch_embed", "adaln", "final_layer"):
         arguments[name] = factory(arguments[name])
+    # A memory budget becomes the policy that this run takes for it.
+    run = resolve_budget(config, dist.world_size())
+    arguments["checkpoint_activations"] = run.model.transformer.checkpoint_activations
+    if run is not config and config.train is not None:
+        logger.info(
+            "model.transformer.checkpoint_activations=%s takes %s, planned to need %.1f GiB",
+            section.checkpoint_activations,
+            run.model.transformer.checkpoint_activations,
+            training_peak(run, dist.world_size()) / 2**30,
+        )
     return ExpertTransformer(**arguments, device=device, skip_init=skip_init)
-
-
-def build_vae(config: Config, *, device: torch.device | str | None = None) -> CausalVAE:
-    """The VAE of the section ``vae`` with random weights. Its latents are unscaled: see ``vae.scale_factor``."""
-    if config.vae is None:
-        raise ConfigError("vae is missing: add a model file such as configs/cogvideox_2b.yaml")
-    arguments = {f.name: getattr(config.vae, f.name) for f in dataclasses.fields(config.vae)}
-    del arguments["scale_factor"], arguments["precision"]
-    with torch.device(device or "cpu"):
-        return CausalVAE(**arguments)
-
-
-def pad_front(latents: Tensor, patch_t: int) -> Tensor:
-    """Repeat the first latent in front until the temporal patch divides T: (B, T, C, H, W) -> (B, T', C, H, W).
-
-    The one rule for training, image conditions and sampling (CogVideoX 1.5: 21 latents become 22).
-    """
-    missing = -latents.shape[1] % patch_t
-    return torch.cat([latents[:, :1]] * missing + [latents], dim=1) if missing else latents
 
 
 class VideoDiffusion(nn.Module):
@@ -105,12 +102,15 @@ class VideoDiffusion(nn.Module):
         self.patch_t = net.patch_size[0]
         self.model = nn.ModuleDict({"diffusion_model": net})
         self.conditioner = Conditioner(build_conditions(config))
-        self._vae = (build_vae(config).requires_grad_(False).eval(),)  # a tuple hides it from registration
+        self.frozen_vae = FrozenVAE(config)
         self.schedule = build(config.model.schedule)
         self.timesteps = build(config.model.timesteps)
         self.loss = build(config.model.loss)
         self.guidance = build(config.guidance)
         self.sampler = build(config.sampler)
+        self.phases = untimed  # a trainer gives its own
+
+    parameter_group = staticmethod(parameter_group)
 
     @property
     def transformer(self) -> nn.Module:
@@ -118,7 +118,8 @@ class VideoDiffusion(nn.Module):
 
     @property
     def vae(self) -> CausalVAE:
-        return self._vae[0]
+        """On the meta device where it is late (``FrozenVAE``): for sizes then, not for encoding."""
+        return self.frozen_vae.module
 
     @property
     def device(self) -> torch.device:
@@ -153,6 +154,7 @@ class VideoDiffusion(nn.Module):
             )
         if self.config.sample.merge_lora:
             merge_lora(self.transformer)
+        self.frozen_vae.stay()
         self.transformer.to(DTYPES[precision])
         for embedder in self.conditioner.embedders if self.config.sample.text_encoder_device else ():
             if hasattr(embedder, "stay_on"):
@@ -165,7 +167,7 @@ class VideoDiffusion(nn.Module):
 
     def _place(self, device: torch.device) -> None:
         self.to(device)
-        self.vae.to(device, DTYPES[self.config.vae.precision])
+        self.frozen_vae.place(device)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ValueError for a prompt that is empty or does not fit, before anything heavy runs.
@@ -180,9 +182,12 @@ class VideoDiffusion(nn.Module):
                 empty = [""] if negative is None and unconditional == "empty_prompt" else []
                 embedder.features.check([*prompts, *empty])
             elif hasattr(embedder, "tokenize"):
-                embedder.tokenize(prompts)
-                for position, words in embedder.cut_words(prompts).items():
-                    logger.warning("the prompt %r is too long; lost: %r", prompts[position][:60], words)
+                cached = getattr(embedder, "cached", None) or ()
+                new = [prompt for prompt in prompts if prompt not in cached]
+                if new:
+                    embedder.tokenize(new)
+                    for position, words in embedder.cut_words(new).items():
+                        logger.warning("the prompt %r is too long; lost: %r", new[position][:60], words)
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -193,16 +198,42 @@ class VideoDiffusion(nn.Module):
 
         batch: ``video`` (B, F, 3, H, W), uint8 or in [-1, 1], or ``moments`` (B, T, 2C, h, w) from the latent cache;
         ``caption`` list of B. rng: the step's random streams (None: those of step 0, for notebooks).
-        Returns (loss, metrics), 0-d tensors.
+        Returns (loss, metrics), 0-d tensors, and in metrics also one value per clip.
         """
         rng = rng or RandomStreams.at(self.config.seed, 0, device=self.device)
         x0 = self.encode_batch(batch, rng.local)  # (B, T, C, h, w)
         encode = partial(self.encode_pixels, generator=rng.local)
-        condition = self.conditioner(batch, rng, encode, num_latent_frames=x0.shape[1])
-        noise = self._noise(x0, rng.local)
+        with self.phases("text"):
+            condition = self.conditioner(batch, rng, encode, num_latent_frames=x0.shape[1])
+        noise = training_noise(x0, rng.local, self.config.model.offset_noise)
         t = self.timesteps.sample(len(x0), rng, self.schedule.num_timesteps)  # (B,)
+        prediction, target = self.denoised(x0, condition, t, noise)
+        loss, metrics = self.loss(prediction, target, t, self.schedule)
+        return loss, {**metrics, **self._losses_by_band(prediction, target, t)}
+
+    @torch.no_grad()
+    def _losses_by_band(self, prediction: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """``loss_by_t/0000-0249`` ...: (B,), the losses of the clips in this band of timesteps; NaN for the others."""
+        bands, steps = (
+            self.config.train.timestep_bands if self.config.train else 0,
+            self.schedule.num_timesteps,
+        )
+        if not bands:
+            return {}
+        losses = losses_by_item(self.loss, prediction, target, t, self.schedule)  # (B,)
+        band, names = band_of(t, steps, bands), band_names(steps, bands)
+        return {
+            f"loss_by_t/{name}": torch.where(band == k, losses, torch.nan) for k, name in enumerate(names)
+        }
+
+    def denoised(
+        self, x0: Tensor, condition: dict[str, Tensor], t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(predicted velocity, true velocity) of x0 (B, T, C, h, w) diffused to t (B,) with ``noise``, float32."""
         prediction = self.predict(self.schedule.add_noise(x0, noise, t), t, condition)
-        return self.loss(prediction.float(), self.schedule.velocity(x0, noise, t), t, self.schedule)
+        return prediction.float(), self.schedule.velocity(x0, noise, t)
+
+    losses_at = losses_at  # validation: the loss of one clip at given timesteps
 
     def predict(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The network's v-prediction: x (B, T, C, h, w), t (B,), condition with ``tokens`` and maybe ``concat``."""
@@ -216,13 +247,6 @@ class VideoDiffusion(nn.Module):
             concat_images=None if concat is None else pad_front(concat, self.patch_t),
             ofs=self.config.model.ofs if has_ofs else None,
         )
-
-    def _noise(self, x0: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-        if self.config.model.offset_noise:
-            offset = torch.randn(len(x0), generator=generator, device=x0.device)
-            noise = noise + self.config.model.offset_noise * offset[:, None, None, None, None]
-        return noise
 
     # ------------------------------------------------------------------------------------------------- latents
 
@@ -241,26 +265,10 @@ class VideoDiffusion(nn.Module):
         latents = sample_posterior(moments, generator=generator) * self.config.vae.scale_factor
         return pad_front(latents, self.patch_t)
 
-    @torch.no_grad()
     def vae_moments(self, video: Tensor) -> Tensor:
         """video (B, F, 3, H, W), uint8 or in [-1, 1] -> moments (B, T, 2C, h, w), float32, unscaled."""
-        pixels = pixels_to_float(video.to(self.device))
-        return self.vae.encode(pixels.to(DTYPES[self.config.vae.precision])).float()
-
-    def with_latent_cache(self, dataset: Dataset) -> LatentCache:
-        """``dataset`` with the VAE's moments in place of videos, computed once over all ranks and kept on disk."""
-        section = self.config.data
-        vae = self.config.vae
-        tiles = (vae.tile_latent_height, vae.tile_latent_width)  # they change the moments
-        fingerprint = weights_fingerprint(
-            self.vae.state_dict(), vae.encode_frames_per_pass, vae.precision, *(tiles if any(tiles) else ())
-        )
-        cache = LatentCache(dataset, section.latent_cache, fingerprint, section.cache_in_memory_gib)
-        batch_size = self.config.train.batch_size
-        cache.fill(self.vae_moments, dist.rank(), dist.world_size(), batch_size, show_progress=dist.is_main())
-        dist.barrier()
-        cache.load()
-        return cache
+        with self.phases("vae"):
+            return self.frozen_vae.moments(video.to(self.device)).float()
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """pixels (B, F, 3, H, W) in [-1, 1] -> scaled latents (B, T, C, h, w): what image conditions are given.
@@ -277,8 +285,9 @@ class VideoDiffusion(nn.Module):
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Scaled latents (B, T, C, h, w) -> chunks of pixels (B, f, 3, H, W), float32 in [-1, 1], as they come."""
         latents = (latents / self.config.vae.scale_factor).to(DTYPES[self.config.vae.precision])
-        for chunk in self.vae.decode_stream(latents):
-            yield chunk.float().clamp_(-1.0, 1.0)
+        with self.frozen_vae.in_use() as vae:
+            for chunk in vae.decode_stream(latents):
+                yield chunk.float().clamp_(-1.0, 1.0)
 
     # ------------------------------------------------------------------------------------------------ sampling
 
@@ -509,3 +518,9 @@ class VAESystem(VAETraining):
 
     def prepare_training(self, device: torch.device) -> None:
         self.to(device).train()
+
+    @staticmethod
+    def parameter_group(name: str) -> str:
+        """``encoder`` or ``decoder``; ``loss`` for parameters that the loss has of its own."""
+        owner, _, rest = name.partition(".")
+        return rest.partition(".")[0] if owner == "first_stage_model" else owner

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,42 @@ def text_encoder_alone(config: Config) -> tuple[TextCondition, list[Path], dict[
 
     ``sample.text_features`` is not looked at: this is what writes them.
     """
-    _text_part(config)
-    conditions = [build(_condition(part, config, None)) for part in config.model.conditions]
-    load_text_encoders(conditions, config.load)
-    text = next(condition for condition in conditions if isinstance(condition, TextCondition))
-    text.eval().requires_grad_(False).load()
-    path, files = text.folder or config.load.text_encoder, []
-    if path:
-        source = locate(path, "text_encoder")
-        files = [*source.files, *(source.ema_files if config.load.ema else ())]
-    return text, files, text.identity() | {"weights": sha256(files) if files else None}
+    text = text_condition_alone(config)
+    load_text_weights(text, config)
+    files = text_files(text, config)
+    return text, files, text_identity(text, files, sha256)
+
+
+def text_condition_alone(config: Config) -> TextCondition:
+    """The text condition; a pretrained encoder is not read yet, and one with random weights not filled."""
+    return build(_condition(_text_part(config), config, None)).eval().requires_grad_(False)
+
+
+def load_text_weights(text: TextCondition, config: Config) -> None:
+    """What ``load.text_encoder`` says, into a condition that stands alone."""
+    index = config.model.conditions.index(_text_part(config))
+    load_text_encoders([None] * index + [text], config.load)
+    text.load()
+
+
+def text_files(text: TextCondition, config: Config) -> list[Path]:
+    """The files of the encoder's weights; none where they are random."""
+    path = text.folder or config.load.text_encoder
+    if not path:
+        return []
+    source = locate(path, "text_encoder")
+    return [*source.files, *(source.ema_files if config.load.ema else ())]
+
+
+def text_identity(
+    text: TextCondition, files: list[Path], digest_of_files: Callable[[list[Path]], str]
+) -> dict[str, Any]:
+    """All that decides the features of a caption besides its length: settings, dtype, weights, tokenizer."""
+    tokenizer = text.tokenizer_files()
+    return text.identity() | {
+        "weights": digest_of_files(files) if files else None,
+        "tokenizer": digest_of_files(tokenizer) if tokenizer else "byt5",
+    }
 
 
 def _read_features(config: Config) -> TextFeatures | None:
@@ -74,7 +100,7 @@ def _text_part(config: Config) -> Part:
     if len(parts) != 1:
         raise ConfigError(
             f"text features belong to one text condition, model.conditions holds {len(parts)}: set "
-            f"sample.text_features=null"
+            f"sample.text_features=null and data.text_cache=null"
         )
     return parts[0]
 

@@ -183,7 +183,7 @@ def main(runs: list[dict[str, Any]]) -> None:
         result: dict[str, Any] = dataclasses.asdict(trainer.run())
         if "signalled" in run:
             result["seconds"] = time.monotonic() - run["signalled"]
-        result["previews"] = getattr(trainer.preview, "shown", [])
+        result["previews"] = getattr(trainer.looks.preview, "shown", [])
         (Path(run["run_dir"]) / f"result_{dist.rank()}.json").write_text(json.dumps(result))
     dist.shutdown()
 

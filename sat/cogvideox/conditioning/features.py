@@ -83,18 +83,22 @@ class TextFeatures:
             self._files[prompt] = file
 
     def _read(self, prompt: str) -> Tensor:
-        file = self._files[prompt]
-        try:
-            with safe_open(file, "pt") as opened:
-                features = opened.get_tensor(feature_key(prompt, self.max_length, self.encoder))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged ({error}): encode the prompts again") from error
-        if features.shape != (self.max_length, self.width) or not features.isfinite().all():
-            raise ValueError(
-                f"{file} is damaged: the features of {prompt!r} are {tuple(features.shape)}, expected finite numbers "
-                f"({self.max_length}, {self.width}): encode the prompts again"
-            )
-        return features
+        return read_features(self._files[prompt], prompt, self.max_length, self.width, self.encoder)
+
+
+def read_features(file: Path, prompt: str, max_length: int, width: int, encoder: Mapping[str, Any]) -> Tensor:
+    """A prompt's (L, D) out of a file of ``write_features``.  ValueError where the file is damaged."""
+    try:
+        with safe_open(file, "pt") as opened:
+            features = opened.get_tensor(feature_key(prompt, max_length, encoder))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}): encode the prompts again") from error
+    if features.shape != (max_length, width) or not features.isfinite().all():
+        raise ValueError(
+            f"{file} is damaged: the features of {prompt!r} are {tuple(features.shape)}, expected finite numbers "
+            f"({max_length}, {width}): encode the prompts again"
+        )
+    return features
 
 
 def write_features(

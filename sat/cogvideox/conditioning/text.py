@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvideox.conditioning.features import TextFeatures
+from cogvideox.conditioning.text_cache import TextCache
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class TextCondition(nn.Module):
         self._model, self._config, self._tokenizer_name = model, config, tokenizer
         self._dtype, self._dtype_name, self._init_seed = DTYPES[dtype], dtype, init_seed
         self.features, self._device = features, None
+        self.cached: TextCache | None = None
+        # Looked at first: what is encoded there needs no encoder.
         self._tokenizer = None
         self.transformer: nn.Module | None = None
         if features is not None:
@@ -87,8 +90,13 @@ class TextCondition(nn.Module):
             self._hold_frozen(self._build())
 
     def forward(self, batch: dict[str, Any], drop: Tensor) -> dict[str, Tensor]:
-        """batch: ``caption``, B strings.  drop: (B,) bool, on the device where the tokens are wanted."""
-        tokens = self.encode(batch["caption"], drop.device)
+        """batch: ``caption``, B strings, or ``text_features`` (B, max_length, D), which are those captions encoded.
+        drop: (B,) bool, on the device where the tokens are wanted.
+        """
+        if "text_features" in batch:
+            tokens = batch["text_features"].to(drop.device)
+        else:
+            tokens = self.encode(batch["caption"], drop.device)
         # Not a product with 0 or 1: a NaN of the encoder must not survive in a dropped caption.
         return {"tokens": tokens.masked_fill(drop[:, None, None], 0)}
 
@@ -99,6 +107,8 @@ class TextCondition(nn.Module):
         if self.features is not None:
             self._check_captions(captions, allow_empty)
             return self.features.encode(captions).to(device)
+        if self.cached is not None and all(caption in self.cached for caption in captions):
+            return self.cached.encode(captions).to(device)
         ids = self.tokenize(captions, allow_empty=allow_empty)
         return self.encode_ids(ids.to(self._device or device)).to(device)
 
@@ -153,15 +163,32 @@ class TextCondition(nn.Module):
         return self.features is not None or self._device is not None
 
     @property
+    def has_encoder(self) -> bool:
+        """Whether it is known which encoder this is: ``model`` or ``config``."""
+        return self._model is not None or self._config is not None
+
+    @property
     def folder(self) -> str | None:
         """``model``: the pretrained encoder."""
         return self._model
+
+    @property
+    def dtype_name(self) -> str:
+        """Of the weights and of the features: fp32, bf16 or fp16."""
+        return self._dtype_name
 
     def identity(self) -> dict[str, str]:
         """What the settings say of the encoder, weights apart: ``dtype``, and the SHA-256 of its ``config``."""
         settings = self._encoder_config if self._config is None else [self._config, self._init_seed]
         config = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return {"config": config, "dtype": self._dtype_name}
+
+    def tokenizer_files(self) -> list[Path]:
+        """The files that make the tokenizer; none for "byt5"."""
+        if self._tokenizer_name == "byt5":
+            return []
+        names = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+        return [self._tokenizer_folder() / n for n in names if (self._tokenizer_folder() / n).is_file()]
 
     def _check_features(self, features: TextFeatures) -> None:
         """As far as it is known without the encoder: of one in a folder, which need not be there, only its dtype."""

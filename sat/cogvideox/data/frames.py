@@ -14,6 +14,9 @@ import numpy as np
 FPS_TOLERANCE = 0.05
 """A clip whose real frame rate is further than this from the wanted one (relative) is flagged."""
 
+FRAME_RULE = "nearest in time, from the start"
+"""What ``select_frames`` does, for digests of its results: another rule needs another text."""
+
 _ROUNDING = 1e-6
 # In frames. Times are floats; without it 7.4999999 instead of a tie at 7.5 would choose the other neighbour.
 

@@ -1,166 +1,227 @@
-"""Latents computed once per clip and kept on disk: the VAE is the larger part of a small model's training step.
+"""A dataset whose videos are latents, computed once per clip and kept on disk: training then needs no VAE.
 
 What is kept are the moments (mean | logvar) of the posterior, so that training still draws a new sample each time.
-A file's name holds a fingerprint of the clip's contents, the frame and size settings and the VAE's weights: change any
-of them and the latent is computed anew. Each file is written whole or not at all, so a killed run goes on where it was.
-The folder can be deleted at any time.
+An entry's name holds a digest of the video file's bytes, of which frames are taken, at which rate, and how they are
+resized and cut; its folder is that of one VAE (``cache/entries.py``). Change any of them and the latents are computed
+anew, beside the old ones.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from cogvideox.cache.digests import FileDigests
+from cogvideox.cache.entries import DamagedEntry, EntryFolder, digest_of, is_whole, read_tensors
+from cogvideox.cache.ranks import Ranks
 from cogvideox.data.fingerprint import dataset_fingerprint
 from cogvideox.data.reader import VideoError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("cogvideox")
 
 
-def weights_fingerprint(tensors: Mapping[str, Tensor], *settings: object) -> str:
-    """Digest of named tensors (a state dict), and of whatever else changes the encoder's output (frames per pass)."""
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+@dataclass
+class EntryCheck:
+    """What ``LatentCache.check`` found: clip's key -> reason, and how many entries are sound."""
+
+    sound: int
+    missing: dict[str, str]
+    damaged: dict[str, str]
 
 
 class LatentCache(Dataset):
     """A dataset of ``{"moments": (T, 2z, H, W), "caption", "key"}`` in place of videos.
 
-    dataset: items with "video" (F, 3, H, W), and ``describe(index)`` and ``clip_fingerprint(index)`` as ``VideoFolder``
-        has; of random crops the first epoch's are kept.
-    encoder_fingerprint: ``weights_fingerprint(vae.state_dict(), ...)``.
+    dataset: items with "video" (F, 3, H, W), and ``describe(index)`` and ``clip_fingerprint(index, digest)`` as
+        ``VideoFolder`` has. One whose items change from epoch to epoch (``varies_by_epoch``) is refused.
+    entries: the folder of the VAE that ``fill`` is given.  digest: of the bytes of a file.
+    first_frame: items also have ``image`` (3, H, W), the clip's first frame as the dataset gives it, for conditions
+        that noise its pixels in every step.
     memory_limit_gib: latents are held in memory if all of them need no more than this; 0 always reads from the disk.
 
-    First ``fill`` on every rank, then a barrier, then ``load`` on every rank.
+    First ``look`` on every rank, then ``fill``, then ``load``: all three exchange between the ranks.
     """
 
     def __init__(
-        self, dataset: Dataset, folder: str | Path, encoder_fingerprint: str, memory_limit_gib: float = 1.0
+        self,
+        dataset: Dataset,
+        entries: EntryFolder,
+        digest: Callable[[Path], str] | None = None,
+        *,
+        first_frame: bool = False,
+        memory_limit_gib: float = 1.0,
+        ranks: Ranks | None = None,
     ):
-        self.dataset = dataset
-        self.folder = Path(folder)
-        self.memory_limit_gib = memory_limit_gib
+        if getattr(dataset, "varies_by_epoch", False):
+            raise ValueError(
+                "data.latent_cache keeps one picture of each clip, and data.params.crop=random asks for another one "
+                "in every epoch: set crop=center, or data.latent_cache=null"
+            )
+        self.dataset, self.entries = dataset, entries
+        self.digest = digest or FileDigests(None)
+        self.names = {"moments", "image"} if first_frame else {"moments"}
+        self.memory_limit_gib, self.ranks = memory_limit_gib, ranks or Ranks()
         self.on_bad_clip = getattr(dataset, "on_bad_clip", "error")
         self.max_bad_fraction = getattr(dataset, "max_bad_fraction", 0.0)
-        self.paths = [self._path(index, encoder_fingerprint) for index in range(len(dataset))]
+        self.paths: list[Path] = []  # of the entries, by index; known after look
+        self.missing: list[int] = []  # indices without a whole entry; known after look
         self.skipped: dict[str, str] = {}
         self._indices: list[int] | None = None  # of the clips that have latents; known after load
-        self._memory: list[Tensor] | None = None
+        self._memory: list[dict[str, Tensor]] | None = None
 
-    def _path(self, index: int, encoder_fingerprint: str) -> Path:
-        text = f"{self.dataset.clip_fingerprint(index)} {encoder_fingerprint}"
-        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        stem = re.sub(r"[^\w.-]", "_", Path(self.dataset.describe(index)["key"]).stem)[:60]
-        return self.folder / digest[:2] / f"{stem}-{digest}.safetensors"
+    def look(self) -> list[int]:
+        """Find each clip's entry; returns the indices of those that have none, or one that is not whole.
 
-    def missing(self) -> list[int]:
-        """Indices whose latents are not on the disk, or not whole."""
-        return [index for index, path in enumerate(self.paths) if not _is_whole(path)]
+        Each rank reads a part of the videos (their bytes are hashed, unless remembered) and of the entries.
+        """
+        count, ranks = len(self.dataset), self.ranks
+        mine = range(ranks.rank, count, ranks.world_size)
+        if isinstance(self.digest, FileDigests) and hasattr(self.dataset, "clip_path"):
+            self.digest.read_ahead(self.dataset.clip_path(index) for index in mine)
+        paths = ranks.merged({index: self._path(index) for index in mine})
+        self.paths = [paths[index] for index in range(count)]
+        # Entries that will be held in memory are read anyway: then their checksums are compared now.
+        limit = self.memory_limit_gib * 2**30 / max(count, 1)
+        bad = {}
+        for index in mine:
+            path = self.paths[index]
+            size = path.stat().st_size if path.is_file() else 0
+            if not is_whole(path, self.names, deep=size <= limit):
+                bad[index] = size > 0
+        bad = ranks.merged(bad)
+        self.missing = sorted(bad)
+        damaged = [index for index in self.missing if bad[index]]
+        if damaged and ranks.is_main:
+            logger.warning(
+                "%s: %d entries are damaged or lack the first frame and are computed anew, first that of %s",
+                self.entries.folder,
+                len(damaged),
+                self._key(damaged[0]),
+            )
+        return self.missing
+
+    def _path(self, index: int) -> Path:
+        fingerprint = self.dataset.clip_fingerprint(index, self.digest)
+        stem = re.sub(r"[^\w.-]", "_", Path(self._key(index)).stem)[:60]
+        return self.entries.path(f"{stem}-{digest_of([fingerprint, self.entries.maker])}")
+
+    def _key(self, index: int) -> str:
+        return self.dataset.describe(index)["key"]
 
     def fill(
         self,
         encode: Callable[[Tensor], Tensor],
-        rank: int = 0,
-        world_size: int = 1,
         batch_size: int = 1,
-        show_progress: bool = True,
-    ) -> int:
-        """Compute this rank's share of the missing latents; returns how many were computed.
+        progress: tqdm | None = None,
+    ) -> dict[str, str]:
+        """Compute what is missing, shared out over the ranks; returns the clips that failed, key -> reason.
 
         encode: (B, F, 3, H, W) uint8 -> moments (B, T, 2z, H, W), on any device, kept in the dtype it returns.
-        A clip that cannot be read is an error, or with on_bad_clip="skip" is noted for ``load`` on all ranks.
+        progress: of all ranks together; the same call on every rank.
         """
-        # A share is a slice of all clips, not of the missing ones: ranks look at the disk at different moments.
-        mine = [
-            index for index in range(rank, len(self.paths), world_size) if not _is_whole(self.paths[index])
-        ]
-        done = 0
-        with tqdm(total=len(mine), desc="latents", unit="clip", disable=not show_progress) as progress:
-            for indices, video in self._readable_batches(mine, batch_size):
-                with torch.no_grad():
-                    moments = encode(video)
-                for index, one in zip(indices, moments, strict=True):
-                    self._save(index, one)
-                done += len(indices)
-                progress.update(len(indices))
-        return done
+        failed: dict[str, str] = {}
+        for indices, video in self._readable_batches(batch_size, failed, progress):
+            with torch.no_grad():
+                moments = encode(video).detach().cpu()
+            for index, pixels, one in zip(indices, video, moments, strict=True):
+                if not bool(torch.isfinite(one).all()):
+                    failed[self._key(index)] = "its latents are NaN or infinite"
+                    continue
+                tensors = {"moments": one, "image": pixels[0]}
+                # Not views: a file holds the whole storage of what it is given.
+                whole = {
+                    name: tensors[name].clone(memory_format=torch.contiguous_format) for name in self.names
+                }
+                self.entries.write_tensors(self.paths[index], whole)
+        return self.ranks.merged(failed)
 
-    def _readable_batches(self, indices: list[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-        """(indices, videos) in batches, clips that fail noted and left out."""
+    def _readable_batches(
+        self, batch_size: int, failed: dict[str, str], progress: tqdm | None
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """(indices, videos) in batches, clips that cannot be read noted and left out."""
         batch: list[tuple[int, Tensor]] = []
-        for index in indices:
-            note = _failure_note(self.paths[index])
-            note.unlink(missing_ok=True)  # of an earlier run: the file may have been mended by other means
+        # Tickets, not slices: clips differ in length and ranks in speed, and no rank waits for the slowest.
+        ticket = self.ranks.tickets()
+        while (place := ticket()) < len(self.missing):
+            if progress is not None:
+                progress.update(place + 1 - progress.n)  # of the tickets that all ranks have taken
+            index = self.missing[place]
             try:
                 batch.append((index, self.dataset[index]["video"]))
             except VideoError as error:
-                if self.on_bad_clip != "skip":
-                    raise
-                _write_whole(note, lambda path, text=str(error): path.write_text(text, encoding="utf-8"))
+                failed[self._key(index)] = str(error)
             if len(batch) == batch_size:
                 yield [i for i, _ in batch], torch.stack([video for _, video in batch])
                 batch = []
         if batch:
             yield [i for i, _ in batch], torch.stack([video for _, video in batch])
 
-    def _save(self, index: int, moments: Tensor) -> None:
-        if not bool(torch.isfinite(moments).all()):
-            raise ValueError(f"{self.dataset.describe(index)['key']}: its latents are NaN or infinite")
-        tensors = {"moments": moments.detach().cpu().clone(memory_format=torch.contiguous_format)}
-        _write_whole(self.paths[index], lambda path: save_file(tensors, path))
+    def load(self, failed: dict[str, str] | None = None) -> None:
+        """Make the items available, the same ones on every rank. failed: what ``fill`` returned.
 
-    def load(self) -> None:
-        """Make the items available, the same ones on every rank. Call after all ranks have filled their shares.
-
-        ValueError where latents are missing without a reason, or where too many clips failed.
+        VideoError where a clip failed and ``on_bad_clip`` is "error"; ValueError where too many failed.
         """
-        self.skipped, absent = {}, []
-        for index in self.missing():
-            note, key = _failure_note(self.paths[index]), self.dataset.describe(index)["key"]
-            if note.is_file():
-                self.skipped[key] = note.read_text(encoding="utf-8")
-            else:
-                absent.append(key)
-        if absent:
-            raise ValueError(
-                f"{self.folder}: {len(absent)} clips have no latents yet, first {absent[0]}; fill the cache"
-            )
+        self.skipped = dict(failed or {})
         if self.skipped:
-            listed = "\n".join(f"  {key}: {reason}" for key, reason in self.skipped.items())
+            listed = "\n".join(f"  {key}: {reason}" for key, reason in sorted(self.skipped.items()))
             message = f"{len(self.skipped)} of {len(self.paths)} clips have no latents:\n{listed}"
+            if self.on_bad_clip != "skip":
+                raise VideoError(f"{message}\nMend them, or set data.on_bad_clip=skip to leave them out")
             if len(self.skipped) > self.max_bad_fraction * len(self.paths):
                 raise ValueError(f"{message}\nMore than data.max_bad_fraction={self.max_bad_fraction}")
             logger.warning("%s", message)
-        self._indices = [
-            i for i in range(len(self.paths)) if self.dataset.describe(i)["key"] not in self.skipped
-        ]
+        self._indices = [index for index in range(len(self.paths)) if self._key(index) not in self.skipped]
         size = sum(self.paths[index].stat().st_size for index in self._indices)
         self._memory = None
         if size <= self.memory_limit_gib * 2**30:
-            self._memory = [_read(self.paths[index]) for index in self._indices]
+            self._memory = [self._read(index) for index in self._indices]
+
+    def check(self, shape: tuple[int, ...]) -> EntryCheck:
+        """Read every entry of the dataset whole: checksum, finite numbers, moments of this shape (T, 2z, H, W)."""
+        found = EntryCheck(0, {}, {})
+        for index in range(self.ranks.rank, len(self.paths), self.ranks.world_size):
+            key, path = self._key(index), self.paths[index]
+            if not path.is_file():
+                found.missing[key] = f"{path.name} is not there"
+                continue
+            try:
+                moments = read_tensors(path, self.names)["moments"]
+            except DamagedEntry as error:
+                found.damaged[key] = str(error)
+                continue
+            if tuple(moments.shape) != shape or not bool(torch.isfinite(moments).all()):
+                found.damaged[key] = f"{path}: {tuple(moments.shape)}, expected finite numbers {shape}"
+            else:
+                found.sound += 1
+        parts = self.ranks.gather(found)
+        return EntryCheck(
+            sum(part.sound for part in parts),
+            {key: reason for part in parts for key, reason in part.missing.items()},
+            {key: reason for part in parts for key, reason in part.damaged.items()},
+        )
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        try:
+            tensors = read_tensors(self.paths[index], self.names)
+        except DamagedEntry as error:
+            raise VideoError(f"data.latent_cache: {error}") from error  # what the loader knows how to skip
+        return {name: tensors[name] for name in sorted(self.names)}
 
     def __len__(self) -> int:
         return len(self._loaded())
 
     def __getitem__(self, place: int) -> dict:
         index = self._loaded()[place]
-        moments = _read(self.paths[index]) if self._memory is None else self._memory[place]
-        return {"moments": moments, **self.dataset.describe(index)}
+        tensors = self._read(index) if self._memory is None else self._memory[place]
+        return {**tensors, **self.dataset.describe(index)}
 
     def describe(self, place: int) -> dict:
         """The item without its latents: caption and key."""
@@ -173,31 +234,3 @@ class LatentCache(Dataset):
     def _loaded(self) -> list[int]:
         assert self._indices is not None, "LatentCache.load() comes first"
         return self._indices
-
-
-def _failure_note(path: Path) -> Path:
-    return path.with_suffix(".failed.txt")
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:  # compares the file's length with its header
-            return "moments" in file.keys()
-    except (FileNotFoundError, SafetensorError):
-        return False
-
-
-def _read(path: Path) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("moments")
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name of this process, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -34,7 +34,8 @@ class Clip:
     caption: str | None
 
 
-def _videos_under(root: Path) -> list[Path]:
+def videos_under(root: Path) -> list[Path]:
+    """The video files of a folder at any depth, by name."""
     return sorted(
         p for p in root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and not p.name.startswith(".")
     )
@@ -60,7 +61,7 @@ def label_path(video: Path, root: Path) -> Path | None:
 
 
 def _clips_from_labels(root: Path) -> list[Clip] | None:
-    pairs = [(video, label_path(video, root)) for video in _videos_under(root)]
+    pairs = [(video, label_path(video, root)) for video in videos_under(root)]
     if not any(label is not None and label.is_file() for _, label in pairs):
         return None
     # A video outside any `videos` folder has no place for a caption: it is listed as missing one.
@@ -68,7 +69,7 @@ def _clips_from_labels(root: Path) -> list[Clip] | None:
 
 
 def _clips_from_same_stem(root: Path) -> list[Clip] | None:
-    videos = _videos_under(root)
+    videos = videos_under(root)
     if not any(video.with_suffix(".txt").is_file() for video in videos):
         return None
     return [_clip(video, root, _read_caption(video.with_suffix(".txt"))) for video in videos]
@@ -190,7 +191,7 @@ def find_clips(
 
 
 def _nothing_found(root: Path, layout: str | None) -> str:
-    videos = _videos_under(root) if root.is_dir() else []
+    videos = videos_under(root) if root.is_dir() else []
     contents = f"holds {len(videos)} videos but no captions for them" if videos else "holds no videos"
     return (
         f"data.path={root}: {contents}{'' if layout is None else f' in the layout {layout}'}. Looked for "

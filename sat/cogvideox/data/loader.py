@@ -1,9 +1,10 @@
-"""Batches in an order that follows from (seed, step) alone, so that a run resumes without any saved loader state.
+"""Batches in an order that follows from (seed, clips taken) alone, so that a run resumes without a saved loader state.
 
 Clips are numbered through all epochs: position p is place p % n of epoch p // n, and each epoch is a permutation drawn
-from (seed, epoch). The global batch of step k holds the positions [k G, (k + 1) G), G = batch_size * world_size, and
-rank r takes its r-th slice. So the global batch is the same for every split into ranks, and an epoch whose length G
-does not divide goes on into the next one within a batch: no clip is dropped and none is repeated.
+from (seed, epoch). After ``start`` clips the k-th batch of all ranks holds the positions start + [k G, (k + 1) G), G =
+batch_size * world_size, and rank r takes its r-th slice. So the global batch is the same for every split into ranks, a
+run goes on at the right clip on another number of them, and an epoch whose length G does not divide goes on into the
+next one within a batch: no clip is dropped and none is repeated.
 """
 
 from __future__ import annotations
@@ -128,11 +129,11 @@ class ResumableLoader:
         self.quarantine = Quarantine(len(dataset), getattr(dataset, "max_bad_fraction", 0.0), rank)
         self._pool: WorkerPool | InProcess | None = None
 
-    def iterate(self, start_step: int = 0) -> Iterator[dict]:
-        """The batches of this rank from ``start_step`` on, without end. Closing the generator ends its processes."""
+    def iterate(self, start: int = 0) -> Iterator[dict]:
+        """The batches of this rank after ``start`` clips of all ranks, without end. Closing it ends its processes."""
         self.close()
         pool = self._pool = self._make_pool()
-        positions = self._positions(start_step)
+        positions = self._positions(start)
         under_way: deque[_UnderWay] = deque()
         # As far ahead as torch's DataLoader, in clips: two for each process, and a batch.
         ahead = self.batch_size + 2 * self.num_workers if self.num_workers else self.batch_size
@@ -158,10 +159,9 @@ class ResumableLoader:
             else InProcess(read)
         )
 
-    def _positions(self, start_step: int) -> Iterator[int]:
-        """This rank's positions of each step from ``start_step`` on."""
-        for step in count(start_step):
-            first = (step * self.world_size + self.rank) * self.batch_size
+    def _positions(self, start: int) -> Iterator[int]:
+        """This rank's positions of each batch from the position ``start`` on."""
+        for first in count(start + self.rank * self.batch_size, self.world_size * self.batch_size):
             yield from range(first, first + self.batch_size)
 
     def _begin(self, pool: WorkerPool | InProcess, position: int) -> _UnderWay:

@@ -41,6 +41,16 @@ class Combination(NamedTuple):
     def caption(self) -> str:
         return f"a {self.colour} {self.shape} moving {self.direction}"
 
+    @classmethod
+    def of_caption(cls, caption: str) -> Combination:
+        """The combination whose caption it is. ValueError for any other text."""
+        for words in product(_ALL_COLOURS, _ALL_SHAPES, DIRECTIONS):
+            if cls(*words).caption == caption.strip():
+                return cls(*words)
+        raise ValueError(
+            f"{caption!r} is no caption of the demo's clips, such as {cls('red', 'circle', 'left').caption!r}"
+        )
+
 
 def combinations() -> tuple[list[Combination], list[Combination]]:
     """(trained, held out): 36 and 12 of the 48 combinations of the base colours, shapes and directions.

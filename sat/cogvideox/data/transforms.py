@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CROPS = ("center", "random")
+RESIZE_RULE = "cover, antialiased bicubic, uint8"
+"""What ``resize_to_cover`` does, for digests of its results: another rule needs another text."""
 
 
 def cover_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:

@@ -10,18 +10,19 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
+from cogvideox.cache.digests import FileDigests
 from cogvideox.data.fingerprint import clips_fingerprint
-from cogvideox.data.frames import FrameSelection, check_frame_count, select_frames
+from cogvideox.data.frames import FRAME_RULE, FrameSelection, check_frame_count, select_frames
 from cogvideox.data.layouts import Clip, find_clips
 from cogvideox.data.reader import VideoError, VideoReader, open_video, verify_video
-from cogvideox.data.transforms import CROPS, crop, resize_to_cover
+from cogvideox.data.transforms import CROPS, RESIZE_RULE, crop, resize_to_cover
 
 logger = logging.getLogger(__name__)
 
@@ -200,9 +201,23 @@ class VideoFolder(Dataset):
         roots = [root.parent if root.is_file() else root for root in self.roots]
         return clips_fingerprint(self.clips, roots, self._settings())
 
-    def clip_fingerprint(self, index: int) -> str:
-        """Text that changes whenever the pixels of ``self[index]`` may change: the file's contents and all settings."""
-        return f"{_file_digest(self.clips[index].path)} {self._settings()}"
+    @property
+    def varies_by_epoch(self) -> bool:
+        """Whether ``item(index, epoch)`` depends on the epoch."""
+        return self.crop == "random"
+
+    def clip_path(self, index: int) -> Path:
+        """The clip's video file."""
+        return self.clips[index].path
+
+    def clip_fingerprint(self, index: int, digest: Callable[[Path], str] | None = None) -> str:
+        """Text that changes whenever the pixels of ``self[index]`` may change: the file's bytes, which of its frames
+        are taken and what is done to them.
+
+        digest: of a file's bytes; a callable that remembers what it read saves the time of reading it again.
+        """
+        read = (digest or FileDigests(None))(self.clip_path(index))
+        return f"{read} {FRAME_RULE}; {RESIZE_RULE} {self._settings()}"
 
     def _settings(self) -> list:
         """All that changes which pixels of a file are seen."""
@@ -215,16 +230,3 @@ def _listed(reasons: dict[str, str], limit: int | None = 10) -> str:
     if limit is not None and len(reasons) > limit:
         lines.append(f"  ... and {len(reasons) - limit} more")
     return "\n".join(lines)
-
-
-def _file_digest(path: Path, piece: int = 1 << 20) -> str:
-    """Of the size and of the first, middle and last MiB: all of a small file, and in a large one the parts (index,
-    compressed data) that no change of the pictures leaves as they were. Independent of copying and time stamps."""
-    size = path.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with path.open("rb") as file:
-        starts = range(0, size, piece) if size <= 3 * piece else (0, (size - piece) // 2, size - piece)
-        for start in starts:
-            file.seek(start)
-            digest.update(file.read(piece))
-    return digest.hexdigest()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from cogvideox.diffusion.schedule import ZeroSNRSchedule
@@ -24,3 +28,15 @@ def v_prediction_loss(
             f"the network predicts {tuple(prediction.shape)}, the target is {tuple(target.shape)}"
         )
     return (prediction.float() - target.float()).square().mean(), {}
+
+
+def losses_by_item(
+    loss: Callable[..., tuple[Tensor, Any]],
+    prediction: Tensor,
+    target: Tensor,
+    t: Tensor,
+    schedule: ZeroSNRSchedule,
+) -> Tensor:
+    """``loss`` of each item alone: (B, ...), (B, ...) and (B,) -> (B,). Works for any loss of the contract above."""
+    items = zip(prediction.split(1), target.split(1), t.split(1), strict=True)
+    return torch.stack([loss(*item, schedule)[0] for item in items])

@@ -6,11 +6,9 @@ import json
 import logging
 import math
 import os
-import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,6 @@ from tqdm import tqdm
 from cogvideox import dist
 from cogvideox.engine.events import Events
 from cogvideox.engine.trackers import Trackers
-
-_GIB = 2**30
 
 
 class _ConsoleHandler(logging.Handler):
@@ -46,10 +42,11 @@ def get_logger() -> logging.Logger:
 
 
 class Means:
-    """Running means of 0-d tensors on their device; ranks and devices are only waited for when they are read.
+    """Running means of tensors on their device; ranks and devices are only waited for when they are read.
 
-    Values that are not finite do not count: a skipped step leaves the mean of the others, and a metric that exists in
-    some steps only (the loss of a timestep band without a sample) may be NaN in the rest.
+    A 0-d tensor is one value, another one as many as it has elements (one for each clip of a batch). Values that are
+    not finite do not count: a skipped step leaves the mean of the others, and a metric that exists in some steps only
+    (the loss of a timestep band without a sample) may be NaN in the rest.
     """
 
     def __init__(self) -> None:
@@ -61,18 +58,23 @@ class Means:
             value = value.detach().float()
             finite = torch.isfinite(value)
             if name not in self._sums:
-                self._sums[name] = torch.zeros_like(value)
-                self._counts[name] = torch.zeros_like(value)
-            self._sums[name] += torch.where(finite, value, 0.0)
-            self._counts[name] += finite
+                self._sums[name] = value.new_zeros(())
+                self._counts[name] = value.new_zeros(())
+            self._sums[name] += torch.where(finite, value, 0.0).sum()
+            self._counts[name] += finite.sum()
 
     def state(self) -> dict[str, tuple[float, float]]:
         """Name -> (sum, count) of this rank; exact in JSON."""
         return {name: (self._sums[name].item(), self._counts[name].item()) for name in self._sums}
 
-    def load(self, state: Mapping[str, tuple[float, float]], device: torch.device) -> None:
-        self._sums = {name: torch.tensor(float(s), device=device) for name, (s, _) in state.items()}
-        self._counts = {name: torch.tensor(float(n), device=device) for name, (_, n) in state.items()}
+    def load(self, parts: Sequence[Mapping[str, tuple[float, float]]], device: torch.device) -> None:
+        """Go on from what ``state()`` said: one, or several of which this rank takes over all."""
+        self._sums.clear()
+        self._counts.clear()
+        for name, (total, count) in ((name, pair) for part in parts for name, pair in part.items()):
+            for kept, value in ((self._sums, total), (self._counts, count)):
+                value = torch.tensor(float(value), device=device)
+                kept[name] = kept[name] + value if name in kept else value
 
     def flush(self) -> dict[str, float | None]:
         """Means over everything added on all ranks since the last flush (every rank must call); None: no value."""
@@ -93,57 +95,15 @@ def combine(parts: list[dict[str, tuple[float, float]]]) -> dict[str, float | No
     return means
 
 
-class Stopwatch:
-    """Wall time per step since the last reading, apart the part spent waiting for data."""
-
-    def __init__(self) -> None:
-        self._seconds = self._data = 0.0
-        self._steps = 0
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds += time.perf_counter() - start
-        self._steps += 1
-
-    @contextmanager
-    def data(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._data += time.perf_counter() - start
-
-    def flush(self, samples_per_step: int) -> dict[str, float]:
-        steps, seconds, data = self._steps, self._seconds, self._data
-        self.__init__()
-        if not steps:
-            return {}
-        return {
-            "perf/step_s": seconds / steps,
-            "perf/data_s": data / steps,
-            "perf/samples_s": samples_per_step * steps / seconds,
-        }
-
-
-def memory(device: torch.device) -> dict[str, float]:
-    """Peak memory of this process in GiB: of the accelerator's allocator, or of the process on a CPU."""
-    if device.type == "cpu":
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-        return {"mem/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB}
-    module = torch.get_device_module(device)
-    return {
-        "mem/alloc_gib": module.max_memory_allocated(device) / _GIB,
-        "mem/reserved_gib": module.max_memory_reserved(device) / _GIB,
-    }
-
-
 class RunLog:
     """``metrics.jsonl``, the console line, the bar and the trackers of one run. Only rank 0's writes anything."""
 
     def __init__(self, run_dir: Path, *, steps: int, start: int, trackers: list[str]):
-        """start: steps already done. Lines of ``metrics.jsonl`` after it are dropped: they will be made again."""
+        """start: steps already done, -1 for a new run. Lines of ``metrics.jsonl`` after it are dropped: they will be
+        made again, in a new run also that of step 0.
+        """
         self.path = run_dir / "metrics.jsonl"
-        self.steps, self.start, self.began = steps, start, time.perf_counter()
+        self.steps, self.start, self.began = steps, max(start, 0), time.perf_counter()
         self.logger = get_logger()
         self._trackers: Trackers | None = None
         self._file = None
@@ -155,7 +115,7 @@ class RunLog:
         # disable=None: no bar where stderr is not a terminal; the console lines carry the time left there.
         self._bar = tqdm(
             total=steps,
-            initial=start,
+            initial=self.start,
             unit="step",
             dynamic_ncols=True,
             disable=None if dist.is_main() else True,
@@ -187,19 +147,27 @@ class RunLog:
         if self._file is not None:
             self._file.close()
 
-    def _seconds_left(self, step: int) -> float:
-        return (time.perf_counter() - self.began) / max(step - self.start, 1) * (self.steps - step)
+    def _seconds_left(self, step: int) -> float | None:
+        """None before the first step of this start."""
+        done = step - self.start
+        return (time.perf_counter() - self.began) / done * (self.steps - step) if done else None
 
 
-def console_line(step: int, steps: int, record: Mapping[str, float | None], seconds_left: float) -> str:
-    """``step  120/1800  loss 0.1234  grad 0.56  lr 1.0e-04  0.181 s/step  data 0.002 s  3.2 GiB  left 0:05:12``"""
+def console_line(
+    step: int, steps: int, record: Mapping[str, float | None], seconds_left: float | None
+) -> str:
+    """``step  120/1800  loss 0.1234  grad 0.56  lr 1.0e-04  0.181 s/step  data 0.002 s    9600 tok/s  left 0:05:12``"""
     columns = (
         ("train/loss", "loss {:.4f}"),
         ("val/loss", "val {:.4f}"),
+        ("val/delta", "change {:+.4f}"),
+        ("val/delta_se", "+- {:.4f}"),
         ("train/grad_norm", "grad {:8.3g}"),
         ("train/lr", "lr {:.2e}"),
         ("perf/step_s", "{:.3f} s/step"),
         ("perf/data_s", "data {:.3f} s"),
+        ("perf/tokens_s", "{:6.0f} tok/s"),
+        ("perf/mfu", "MFU {:5.1%}"),
         ("mem/rss_gib", "{:.1f} GiB"),
         ("mem/alloc_gib", "{:.1f} GiB"),
     )
@@ -210,17 +178,34 @@ def console_line(step: int, steps: int, record: Mapping[str, float | None], seco
             parts.append(pattern.format(math.nan if value is None else value))
     if record.get("train/skipped_steps"):
         parts.append(f"skipped {record['train/skipped_steps']:.0f}")
-    minutes, seconds = divmod(round(seconds_left), 60)
-    return "  ".join([*parts, f"left {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"])
+    if seconds_left is not None:
+        minutes, seconds = divmod(round(seconds_left), 60)
+        parts.append(f"left {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
+    return "  ".join(parts)
 
 
 def truncate(path: Path, step: int) -> None:
     """Keep the lines of ``metrics.jsonl`` up to ``step``; a line that a kill cut short goes too."""
     if not path.is_file():
         return
-    kept = [line for line, record in _records(path) if record["step"] <= step]
+    _replace(path, [line for line, record in _records(path) if record["step"] <= step])
+
+
+def forget(path: Path, step: int, prefix: str) -> None:
+    """Drop from ``metrics.jsonl`` the lines of ``step`` with nothing but metrics that begin with ``prefix``."""
+    if not path.is_file():
+        return
+    kept = [
+        line
+        for line, record in _records(path)
+        if record["step"] != step or not all(k.startswith(prefix) for k in record.keys() - {"step"})
+    ]
+    _replace(path, kept)
+
+
+def _replace(path: Path, lines: list[str]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.write_text("".join(line + "\n" for line in lines))
     os.replace(temporary, path)
 
 

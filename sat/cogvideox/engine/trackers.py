@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from cogvideox.engine import durable
 from cogvideox.engine.events import Events
 
 logger = logging.getLogger("cogvideox")
@@ -103,8 +104,9 @@ class WandbTracker:
         import wandb
 
         id_file = run_dir / "wandb_id"
-        run_id = id_file.read_text().strip() if id_file.is_file() else uuid.uuid4().hex[:8]
-        id_file.write_text(run_id)
+        if not id_file.is_file():
+            durable.replace(id_file, uuid.uuid4().hex[:8])
+        run_id = id_file.read_text().strip()
         try:
             self.run = wandb.init(
                 project="cogvideox", name=run_dir.name, id=run_id, resume="allow", dir=str(run_dir)

@@ -14,7 +14,7 @@ from cogvideox.dist import RandomStreams
 from cogvideox.engine.logging import Means, combine
 
 # Stands where training has its micro-step, so that no validation stream is ever a training stream.
-_STREAM = 2**32 - 1
+STREAM = 2**32 - 1
 
 
 @contextmanager
@@ -57,7 +57,7 @@ class HeldOutLoss:
             for first in range(0, count, ranks):
                 # As many forward passes on every rank (ZeRO-3 gathers weights in them); one too many is not counted.
                 index = min(first + rank, count - 1)
-                rng = RandomStreams.at(self.seed, index, _STREAM, device=device)
+                rng = RandomStreams.at(self.seed, index, STREAM, device=device)
                 rng.seed_global()
                 loss, metrics = module(dist.to_device(self.batches[index], device), rng)
                 if first + rank < count:

@@ -44,3 +44,12 @@ class PatchEmbed(BaseMixin):
     def word_embedding_forward(self, video: Tensor, *, context: Tensor, **_) -> Tensor:
         """context: (B, L, text width). Returns (B, L + N, D), text first."""
         return torch.cat((self.text_proj(context), self.patchify(video)), dim=1)
+
+
+def pad_front(latents: Tensor, patch_t: int) -> Tensor:
+    """Repeat the first latent in front until the temporal patch divides T: (B, T, C, H, W) -> (B, T', C, H, W).
+
+    The one rule for training, image conditions and sampling (CogVideoX 1.5: 21 latents become 22).
+    """
+    missing = -latents.shape[1] % patch_t
+    return torch.cat([latents[:, :1]] * missing + [latents], dim=1) if missing else latents

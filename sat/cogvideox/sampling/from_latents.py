@@ -16,8 +16,8 @@ from cogvideox.sampling.prompts import Request
 from cogvideox.sampling.run import frames_of, keeping, write_sample
 from cogvideox.sampling.targets import Target, checked_outputs
 from cogvideox.sampling.ways_in import Sampled
-from cogvideox.system import DTYPES, VideoDiffusion, build_vae
-from cogvideox.weights import load
+from cogvideox.system import VideoDiffusion
+from cogvideox.system_vae import FrozenVAE
 
 
 class VAEDecoder:
@@ -31,9 +31,9 @@ class VAEDecoder:
                 "load.vae is not set: latents mean nothing to a VAE with random weights; load.vae=PATH"
             )
         self.config, self.device = config, device
-        self.vae = build_vae(config).requires_grad_(False).eval()
-        load.load_vae(self.vae, config.load.vae, ema=config.load.ema)
-        self.vae.to(device, DTYPES[config.vae.precision])
+        self.frozen_vae = FrozenVAE(config, is_late=False)
+        self.frozen_vae.load()
+        self.frozen_vae.place(device)
 
 
 def decode_files(

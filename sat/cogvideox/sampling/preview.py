@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cogvideox import dist, environment
-from cogvideox.config import Config
+from cogvideox.config import Config, trains_text_encoder
 from cogvideox.sampling.outputs import write_latents
 from cogvideox.sampling.prompts import Request
 from cogvideox.sampling.run import write_sample
@@ -134,11 +134,6 @@ def sampling_from(config: Config, **load: str | None) -> Config:
     """``config`` with other entries in ``load`` and the network as it trained: its precision, adapters apart."""
     sample = dataclasses.replace(config.sample, precision=config.train.precision, merge_lora=False)
     return dataclasses.replace(config, load=dataclasses.replace(config.load, ema=True, **load), sample=sample)
-
-
-def trains_text_encoder(config: Config) -> bool:
-    """Whether the run's checkpoints hold a text encoder too. LoRA freezes it."""
-    return config.lora is None and any(part.params.get("trainable") for part in config.model.conditions)
 
 
 def summary(latents: Tensor) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from cogvideox.weights.reader import WeightsReader
 
 logger = logging.getLogger("cogvideox")
 
-_MATRIX = re.compile(r"(?:^|\.)transformer\.layers\.\d+\..+\.matrix_[AB]\.\d+$")
+_MATRIX = re.compile(r"\.(matrix_[AB]\.\d+|magnitude_gain)$")
 _CONFIG_KEYS = (
     "num_layers", "hidden_size", "num_attention_heads", "patch_size", "in_channels", "out_channels", "time_embed_dim",
     "text_hidden_size", "ofs_embed_dim",
@@ -96,17 +96,8 @@ def _open_transformer(net: nn.Module, path: str | Path, ema: bool) -> WeightsRea
 
 def load_vae(vae: nn.Module, path: str | Path, *, ema: bool = True) -> LoadReport:
     """Fill the 3D causal VAE from `3d-vae.pt`, a diffusers folder or a VAE run of ours; `loss.*` keys are ignored."""
-    reader = WeightsReader(path, "vae", ema=ema)
-    reader.expect("vae")
+    reader = _open_vae(vae, path, ema)
     info = reader.info
-    theirs = vae_geometry(shapes_of(reader.tensors, info.prefix), info.naming)
-    mine = vae_geometry(shapes_of(vae.state_dict()))
-    wrong = [key for key in theirs if theirs[key] != mine[key]]
-    if wrong:
-        raise ValueError(
-            f"{path}: this is {info.variant} with {_settings(theirs, wrong)}; your config has "
-            f"{_settings(mine, wrong)}: set {_settings(theirs, wrong, 'vae.')}"
-        )
 
     def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = {name.removeprefix(info.prefix): tensor for name, tensor in tensors.items()}
@@ -119,6 +110,26 @@ def load_vae(vae: nn.Module, path: str | Path, *, ema: bool = True) -> LoadRepor
     # diffusers counts levels from the other end, so names are converted together; the tensors stay mapped.
     names = [name for name in reader.tensors if name.startswith(info.prefix)]
     return fill(vae, reader, [names], convert, may_skip=lambda name: name.startswith("loss."))
+
+
+def check_vae(vae: nn.Module, path: str | Path, *, ema: bool = True) -> WeightsInfo:
+    """What ``load_vae`` would load, from headers alone; it refuses another VAE with the same errors."""
+    return _open_vae(vae, path, ema).info
+
+
+def _open_vae(vae: nn.Module, path: str | Path, ema: bool) -> WeightsReader:
+    reader = WeightsReader(path, "vae", ema=ema)
+    reader.expect("vae")
+    info = reader.info
+    theirs = vae_geometry(shapes_of(reader.tensors, info.prefix), info.naming)
+    mine = vae_geometry(shapes_of(vae.state_dict()))
+    wrong = [key for key in theirs if theirs[key] != mine[key]]
+    if wrong:
+        raise ValueError(
+            f"{path}: this is {info.variant} with {_settings(theirs, wrong)}; your config has "
+            f"{_settings(mine, wrong)}: set {_settings(theirs, wrong, 'vae.')}"
+        )
+    return reader
 
 
 def load_text_encoder(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,18 @@ class Sources:
     keeps the result for the next start, as long as sizes and time stamps of the files stay.
     """
 
-    def __init__(self, paths: Mapping[str, str | Path], cache: Path):
+    def __init__(
+        self,
+        paths: Mapping[str, str | Path],
+        cache: Path,
+        digest: Callable[[Iterable[Path]], str] | None = None,
+    ):
         """paths: "transformer", "vae", "text_encoder", or any name for a LoRA -> what the section ``load`` says.
+        digest: None is ``provenance.sha256``; one that remembers files of earlier runs reads fewer.
 
         The files are found now: the ``latest`` of a run that is still training moves.
         """
-        self._cache = cache
+        self._cache, self._digest = cache, digest or provenance.sha256
         self._files: dict[str, list[Path]] = {}
         self._records: dict[str, dict[str, Any]] = {name: {"path": str(path)} for name, path in paths.items()}
         self._thread = threading.Thread(target=self._hash, daemon=True)
@@ -60,7 +66,7 @@ class Sources:
             try:
                 state = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
                 if known.get(name, {}).get("files") != state:
-                    known[name] = {"files": state, "sha256": provenance.sha256(files)}
+                    known[name] = {"files": state, "sha256": self._digest(files)}
                 self._records[name]["sha256"] = known[name]["sha256"]
             except OSError as error:
                 self._records[name]["error"] = str(error)

@@ -1,0 +1,1 @@
+"""Files that are computed once and found again by what decides their contents."""
