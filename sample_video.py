@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from cogvideox import environment
 from cogvideox.command_line import add_config_arguments, leave, parse, path_and_strength, run_door
 from cogvideox.config import Config, ConfigError, config_from_dict, load_config, to_yaml
-from cogvideox.plan import describe
+from cogvideox.planning.description import describe
 from cogvideox.sampling import interactive
 from cogvideox.sampling.gallery import write_gallery
 from cogvideox.sampling.policy import check_inputs, check_size, warn_about_size
@@ -76,7 +76,7 @@ def sample(argv: list[str]) -> int:
     check_size(config)  # what is impossible is refused before torch is loaded
     if dry_run:
         print(to_yaml(config))
-        print(describe(config, environment.world_size(), sampling=True))
+        print(describe(config, environment.world_size(), sampling=True, gpu=arguments.gpu))
         return 0
     check_writable(config.sample.output_dir)
     todo, there = plan(config, requests, overwrite=arguments.overwrite, resume=not arguments.sidecar)

@@ -17,7 +17,10 @@ from cogvideox import environment
 from cogvideox.build import build
 from cogvideox.command_line import add_config_arguments, leave, parse, run_door
 from cogvideox.config import Config, ConfigError, Part, load_config, save_config, to_yaml
-from cogvideox.plan import describe
+from cogvideox.flops import clip_of, model_flops
+from cogvideox.plan import lora_parameters
+from cogvideox.planning.choices import resolve_budget
+from cogvideox.planning.description import describe
 from cogvideox.sampling.prompts import make_requests
 
 
@@ -42,8 +45,9 @@ def main(argv: list[str]) -> int:
             )
     if arguments.dry_run:
         print(to_yaml(config))
-        print(describe(config, environment.world_size()))
+        print(describe(config, environment.world_size(), gpu=arguments.gpu))
         return 0
+    resolve_budget(config, environment.world_size())  # one that cannot be met is an error now
     if config.data.path is None:
         raise ConfigError(
             "data.path is missing: a folder of videos with captions (data/README.md shows the layouts)"
@@ -60,6 +64,10 @@ def train(config: Config) -> None:
     from cogvideox.data.overlap import warn_of_overlap
     from cogvideox.engine.logging import get_logger
     from cogvideox.engine.optim import check_train_config
+    from cogvideox.engine.resources import Resources
+    from cogvideox.engine.same_config import check_same_clips, check_same_run
+    from cogvideox.engine.shared_folder import check_shared
+    from cogvideox.engine.trackers import check_trackers_start
     from cogvideox.engine.trainer import Trainer
     from cogvideox.evaluation.held_out import build_validation
     from cogvideox.report.run_report import write_report_if_possible
@@ -68,10 +76,18 @@ def train(config: Config) -> None:
     from cogvideox.weights.sources import Sources
 
     dist.init(config.train.timeout_minutes)
+    resources = Resources(dist.device())  # counts from the start of the process
     logger = get_logger()  # from here on rank 0 speaks
     check_train_config(config.train, dist.device())
+    if dist.is_main():
+        check_trackers_start(config.train.trackers)
+    accepted = check_same_run(config)
     requests = make_requests(config.train.preview_prompts, config.seed)
     train_set = open_data(config, config.data.path)
+    fingerprint = dataset_fingerprint(train_set) if dist.is_main() else None
+    accepted += check_same_clips(config, fingerprint)
+    for difference in accepted:
+        logger.info(f"other than at the checkpoint: {difference}")
     validation_set = None
     if config.data.validation_path and config.train.validate_every is None:
         logger.warning("data.validation_path is given, but train.validate_every is null: no validation")
@@ -89,7 +105,8 @@ def train(config: Config) -> None:
     if config.data.latent_cache or config.data.text_cache:
         # Before the network's weights are there: the memory that encoding needs is free, and none of it stays.
         sets = [train_set] if validation_set is None else [train_set, validation_set]
-        train_set, validation_set = [*with_caches(system, sets, prompts), None][:2]
+        with resources("cache"):
+            train_set, validation_set = [*with_caches(system, sets, prompts), None][:2]
     if prompts:
         system.check_prompts(prompts)
     system.load_weights()
@@ -102,12 +119,12 @@ def train(config: Config) -> None:
         dist.rank(),
         dist.world_size(),
         config.data.num_workers,
+        clip_timeout_seconds=config.data.clip_timeout_seconds,
     )
     validate = None
     if validation_set is not None:
         validate = build_validation(config, system, validation_set, train_set)
 
-    fingerprint = dataset_fingerprint(train_set) if dist.is_main() else None
     sources = Sources(loaded_paths(config), Path(config.run.dir) / "sources.json", weights_digests(config))
     previews = Previews(requests, config, config.run.dir) if requests else None
     trainer = Trainer(
@@ -125,9 +142,13 @@ def train(config: Config) -> None:
             "sources": sources.records(),
             "command": shlex.join(sys.argv),
         },
+        work=work_of(config),
+        resources=resources,
+        accepted=accepted,
     )
-    if previews is not None and trainer.previewed is not None:
-        previews.go_on_from(trainer.previewed)
+    check_shared(config.run.dir)
+    if previews is not None and trainer.looks.previewed is not None:
+        previews.go_on_from(trainer.looks.previewed)
     if dist.is_main():
         describe_run(config)  # only now: a mistake above leaves no folder behind
         sources.start()
@@ -150,6 +171,17 @@ def describe_run(config: Config) -> None:
     with (folder / "command.txt").open("a") as file:
         ranks = f"{environment.world_size()} ranks, {environment.versions()}"
         file.write(f"{shlex.join(sys.argv)}\n  {ranks}\n")
+
+
+def work_of(config: Config):
+    """What a training step does for one clip; None where no transformer is trained."""
+    from cogvideox.engine.instruments import Work
+
+    if config.model.transformer is None or config.vae is None:
+        return None
+    clip = clip_of(config, config.data)
+    adapters = lora_parameters(config) if config.lora else 0
+    return Work(model_flops(config, clip, adapters), clip.tokens)
 
 
 def loaded_paths(config: Config) -> dict[str, str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -13,6 +15,9 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+
+if TYPE_CHECKING:
+    from workers.fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +38,24 @@ def _few_threads() -> None:
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    """Starts runs in processes of their own without the seconds that imports take; see ``workers/fork_server.py``."""
+    from workers.fork_server import ForkServer
+
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _linear_as_it_was() -> Iterator[None]:
+    """A ZeRO-3 engine replaces it for the whole process, by one that other kernels run in."""
+    yield
+    if "torch" in sys.modules:
+        functional = sys.modules["torch"].nn.functional
+        functional.linear = sys.modules["torch"]._C._nn.linear
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from test_low_rank import peft_adapters, some_lora
 from transformer_cases import diffusers_twin, full, inputs, randomise, run_twin, tiny
 
 from cogvideox.convert.lora import write_lora
-from cogvideox.model.lora import attach_lora, inject_lora, lora_state_dict
+from cogvideox.model.lora import attach_lora, inject_lora, lora_scales, lora_state_dict, merge_lora
 from cogvideox.weights.geometry import shapes_of
 from cogvideox.weights.lora.apply import (
     adapter_matrices,
@@ -79,8 +79,8 @@ def test_strength_0_leaves_the_network_as_it_is(tmp_path: Path) -> None:
 def test_alpha_can_be_given_where_the_file_has_none(tmp_path: Path) -> None:
     net, theirs = base()
     lora = some_lora(theirs, ATTENTION, 1)
-    inject_lora(net, 3)
-    start_adapters(net, file_of(lora), 1.0, 1.0)
+    inject_lora(net, 3, 3.0)
+    start_adapters(net, file_of(lora), 1.0, lora_scales(net))
     save_file(lora_state_dict(net), tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match="alpha is missing"):
         read_loras([(tmp_path / "bare.safetensors", 1.0, None)], net, ema=True)
@@ -96,14 +96,14 @@ def test_adapters_start_with_the_update_of_the_file_whatever_their_own_scale(tmp
     add_to_network(merged, lora)
     inject_lora(net, rank=4, alpha=1.0)
     file = read_lora(write_lora(lora, tmp_path / "a.safetensors", "diffusers", alpha_mode="metadata"))
-    report = start_adapters(net, file, 1.0, 1.0 / 4)
+    report = start_adapters(net, file, 1.0, lora_scales(net))
     assert report.loaded == 16 and "B times 1, for" not in str(report)  # 0.25 and 0.25: as they are
     arguments = inputs(net)
     with torch.no_grad():
         torch.testing.assert_close(net(**arguments), merged(**arguments), atol=1e-5, rtol=0)
         again, _ = base()
         inject_lora(again, rank=4, alpha=8.0)
-        report = start_adapters(again, file, 1.0, 8.0 / 4)
+        report = start_adapters(again, file, 1.0, lora_scales(again))
         torch.testing.assert_close(again(**arguments), merged(**arguments), atol=1e-5, rtol=0)
     assert "B times 0.125, for the network's own alpha / rank = 2" in str(report)
 
@@ -116,7 +116,7 @@ def test_a_run_continues_from_its_own_matrices_bit_for_bit(tmp_path: Path) -> No
     (tmp_path / "config.yaml").write_text("lora: {rank: 3, alpha: 2.0}\n")
     net = randomise(tiny("5b"))
     inject_lora(net, rank=3, alpha=2.0)
-    report = start_adapters(net, read_lora(tmp_path), 1.0, 2.0 / 3)
+    report = start_adapters(net, read_lora(tmp_path), 1.0, lora_scales(net))
     own = lora_state_dict(net)
     assert own.keys() == lora_state_dict(trained).keys()
     assert all(torch.equal(value, own[name]) for name, value in lora_state_dict(trained).items())
@@ -128,7 +128,7 @@ def refusal(lora, *, rank: int = 3, **options) -> str:
     inject_lora(net, rank, **options)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(ValueError) as error:
-        start_adapters(net, file_of(lora), 1.0, 1.0)
+        start_adapters(net, file_of(lora), 1.0, lora_scales(net))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -137,7 +137,10 @@ def refusal(lora, *, rank: int = 3, **options) -> str:
 def test_adapters_that_the_file_does_not_fit_are_refused_with_what_to_set() -> None:
     _, theirs = base()
     lora = some_lora(theirs, ATTENTION, 1)
-    assert refusal(lora, rank=8).endswith("its LoRA has rank 3, your config lora.rank=8: use lora.rank=3")
+    assert (
+        "its LoRA has rank 3, your config lora.rank=8 for transformer.layers.0.attention.query_key_value: use "
+        "lora.rank=3, or merge it" in refusal(lora, rank=8)
+    )
     assert (
         "it updates query_key_value, dense in layers 0-1; your section lora adapts dense in layers 0-1: set"
         in (refusal(lora, layers=["dense"]))
@@ -147,22 +150,34 @@ def test_adapters_that_the_file_does_not_fit_are_refused_with_what_to_set() -> N
     )
     partial = {m: p for m, p in lora.items() if "to_k" not in m}
     assert "no update for a part of transformer.layers.0.attention.query_key_value" in refusal(partial)
-    mixed = lora | some_lora(theirs, MLP, 1, rank=5)
-    assert "rank 3, 5, your config lora.rank=3: adapters have one rank" in refusal(mixed)
-    outside = lora | some_lora(theirs, ["proj_out"], 1)
-    assert "proj_out: it is no linear layer inside a transformer layer, and adapters are nothing else" in (
-        refusal(outside)
+    mixed = some_lora(theirs, ATTENTION, 1) | some_lora(theirs, ATTENTION[3:4], 1, rank=5)
+    assert (
+        "rank 3, 5, your config lora.rank=3 for transformer.layers.0.attention.dense: use the lora.rank_pattern"
+        in (refusal(mixed))
     )
+    outside = lora | some_lora(theirs, ["proj_out"], 1)
+    assert "it updates query_key_value, dense, mixins.final_layer.linear in layers 0-1" in refusal(outside)
 
 
-def test_what_lies_outside_the_layers_can_only_be_merged() -> None:
+OUTSIDE = ["proj_out", "time_embedding.linear_1", "patch_embed.text_proj", "norm_out.linear"]
+MODULATIONS = [f"transformer_blocks.{i}.norm{j}.linear" for i in range(2) for j in (1, 2)]
+
+
+@pytest.mark.parametrize("modules", [OUTSIDE, MODULATIONS[1:]])
+def test_what_lies_outside_the_layers_is_kept_beside_as_it_is_merged(modules: list[str]) -> None:
+    """norm1 and norm2 are interleaved in SAT's one weight, and one of the four has no update here."""
     net, theirs = base()
-    for module in ("proj_out", "transformer_blocks.0.norm1.linear"):
-        lora = some_lora(theirs, [module], 1)
-        with pytest.raises(ValueError, match=f"{module}: .* can only be merged.*sample.merge_lora=true"):
-            adapter_matrices(lora)
-        check_fit(file_of(lora), shapes_of(net.state_dict()))
-        add_to_network(net, lora)
+    lora = some_lora(theirs, modules, 1)
+    check_fit(file_of(lora), shapes_of(net.state_dict()))
+    beside, arguments = base()[0], inputs(net)
+    attach_lora(beside, adapter_matrices(lora))
+    add_to_network(net, lora)
+    with torch.no_grad():
+        torch.testing.assert_close(beside(**arguments), net(**arguments), atol=1e-5, rtol=0)
+        assert (net(**arguments) - base()[0](**arguments)).abs().max() > 0.01
+    merge_lora(beside)
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(beside.state_dict()[name], value, atol=1e-6, rtol=0)
 
 
 def lora_of(kind: str, rank: int = 128) -> LoraFile:

@@ -128,7 +128,7 @@ MISTAKES = {
         "cogvideox.diffusion.samplers has no ddmi; did you mean ddim?",
     ),
     "unknown short name": ("sampler=henu", "sampler=henu: did you mean heun? the known ones are ddim, "),
-    "target without a module": ("model.loss.target=mse", "expected an importable path"),
+    "target without a module": ("model.schedule.target=mse", "expected an importable path"),
     "unknown argument of a part": ("guidance.params.scael=3", "guidance.params.scael: .*did you mean scale?"),
     "unknown argument of the dataset": (
         "data.params.skip_frame=3",

@@ -10,7 +10,7 @@ import pytest
 
 import cogvideox
 from cogvideox.config import load_config
-from cogvideox.plan import describe
+from cogvideox.planning.description import describe
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = {  # file -> parameters of the transformer, from the published checkpoints

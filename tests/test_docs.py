@@ -33,3 +33,9 @@ def test_links_and_pictures_of_a_page_exist(page: str) -> None:
         place for place in places if "://" not in place and not ((ROOT / page).parent / place).exists()
     ]
     assert not missing
+
+
+def test_the_table_of_communication_is_the_planner_s() -> None:
+    from scripts.plan_cluster import rows
+
+    assert "\n".join(rows()) in (ROOT / "docs" / "cluster.md").read_text()

@@ -20,7 +20,8 @@ from workers.train_toy import SEED, Toy, make_trainer, samples, train_config
 from cogvideox import dist
 from cogvideox.dist import RandomStreams
 from cogvideox.engine.logging import Means, combine, console_line, read_metrics, truncate
-from cogvideox.engine.trainer import StopSignal, poisoned_if_not_finite
+from cogvideox.engine.stop import StopSignal
+from cogvideox.engine.trainer import poisoned_if_not_finite
 from cogvideox.engine.validation import HeldOutLoss, evaluating
 from cogvideox.weights import provenance
 
@@ -318,7 +319,7 @@ def test_the_preview_is_called_with_the_module_in_evaluation_mode(
         seen.append((module is trainer.engine.module, module.training, torch.is_grad_enabled()))
         return {"step": step}
 
-    trainer.preview = preview
+    trainer.looks.preview = preview
     trainer.run()
     assert seen == [(True, False, False)] * len(steps)
     # Checkpoint 3 carries the preview of step 3 where there was one, else the last before it.
@@ -334,7 +335,7 @@ def test_a_stop_is_not_held_up_by_a_preview_and_the_record_of_the_last_one_stays
     for terminate_at, steps in ((2, [0, 2]), (None, [4, 6])):  # stopped at 3, then on to the end
         trainer = make_trainer(run | {"terminate_at": terminate_at})
         seen = []
-        trainer.preview = lambda module, step, seen=seen: seen.append(step) or {"step": step}
+        trainer.looks.preview = lambda module, step, seen=seen: seen.append(step) or {"step": step}
         trainer.run()
         assert seen == steps
     assert record(tmp_path, 3)["preview"] == {"step": 2} and record(tmp_path, 6)["preview"] == {"step": 6}
@@ -370,7 +371,7 @@ def test_means_ignore_what_is_not_finite_and_survive_a_checkpoint() -> None:
         means.add({"a": torch.tensor(value), "b": torch.tensor(math.inf)})
     means.add({"late": torch.tensor(7.0)})
     restored = Means()
-    restored.load(json.loads(json.dumps(means.state())), torch.device("cpu"))
+    restored.load([json.loads(json.dumps(means.state()))], torch.device("cpu"))
     assert restored.flush() == means.flush() == {"a": 2.5, "b": None, "late": 7.0}
     assert means.flush() == {}
     assert combine([{"a": (1.0, 1)}, {"b": (3.0, 2)}, {"a": (5.0, 1)}]) == {"a": 3.0, "b": 1.5}

@@ -291,12 +291,6 @@ def test_a_full_disk_leaves_nothing_behind(trained: Trained, tmp_path: Path, mon
     assert read_lora(old).tensors == 24
 
 
-def test_modules_that_sat_cannot_name_are_refused(tmp_path: Path) -> None:
-    lora = {"proj_out": LowRank(torch.ones(1, 8), torch.ones(4, 1))}
-    with pytest.raises(ValueError, match="no place for proj_out.*dense_h_to_4h.*choose diffusers"):
-        write_lora(lora, tmp_path / "a.safetensors", "SAT")
-
-
 def test_scales_that_differ_have_no_one_strength(trained: Trained, tmp_path: Path) -> None:
     lora = {module: mixed(module, part) for module, part in trained.lora.items()}
     with pytest.raises(ValueError, match=r"differs by module \(0.75, 1.5\).*--alpha fold or metadata"):

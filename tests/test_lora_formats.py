@@ -160,7 +160,7 @@ def test_a_name_that_does_not_belong_is_one_clear_error(extra: list[str], messag
 
 
 def test_an_unknown_layer_of_sat_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="nearest layer is attention.dense"):
+    with pytest.raises(ValueError, match="nearest layer is transformer.layers.0.attention.dense"):
         parse(["transformer.layers.0.cross_attention.dense.matrix_A.0"])
 
 

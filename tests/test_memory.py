@@ -13,8 +13,8 @@ import cogvideox
 from cogvideox import plan as planner
 from cogvideox.config import load_config
 from cogvideox.live_memory import LiveMemory
+from cogvideox.planning.sampling import LADDER, Savings, network_bytes, stage_bytes, text_bytes, vae_bytes
 from cogvideox.sampling.memory import apply_memory, choose_memory
-from cogvideox.sampling.memory_needs import LADDER, Savings, network_bytes, stage_bytes, text_bytes, vae_bytes
 from cogvideox.system import VideoDiffusion, build_vae
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -8,6 +8,7 @@ from torch import nn
 from transformer_cases import inputs, randomise, tiny
 
 from cogvideox.model.lora import inject_lora
+from cogvideox.model.quantize import quantize
 from cogvideox.sampling.offload import (
     HostWeights,
     LayerOffload,
@@ -16,7 +17,6 @@ from cogvideox.sampling.offload import (
     move_rest,
     repeated_layers,
 )
-from cogvideox.sampling.quantize import quantize
 
 CPU = torch.device("cpu")
 

@@ -53,7 +53,7 @@ def toy(folder: Path, seen: list[int], die_in: int | None = None, **train: Any) 
         weights = sum(float(p.double().sum()) for p in module.parameters())
         return {"step": step, "metrics": {"preview/saturation": weights}}
 
-    trainer.preview = preview
+    trainer.looks.preview = preview
     return trainer
 
 

@@ -19,8 +19,8 @@ from cogvideox.diffusion.reference import ReferenceTrajectory
 from cogvideox.diffusion.samplers import ddim
 from cogvideox.live_memory import LiveMemory
 from cogvideox.model.reference import ReferenceAttention, attend_with_reference
+from cogvideox.planning.sampling import LADDER, activation_bytes
 from cogvideox.sampling.memory import apply_memory, choose_memory
-from cogvideox.sampling.memory_needs import LADDER, activation_bytes
 from cogvideox.sampling.policy import check_inputs
 from cogvideox.sampling.prompts import Request
 from cogvideox.system import VideoDiffusion

@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cogvideox
-from cogvideox import plan
 from cogvideox.command_line import run_door
 from cogvideox.conditioning.features import TextFeatures
 from cogvideox.conditioning.text import TextCondition
 from cogvideox.config import ConfigError
+from cogvideox.planning.sampling import text_bytes
 from cogvideox.sampling.memory import apply_memory, choose_memory
-from cogvideox.sampling.memory_needs import text_bytes
 from cogvideox.sampling.targets import settings_fingerprint
 from cogvideox.system import VideoDiffusion
 from cogvideox.weights import provenance
@@ -182,7 +181,6 @@ def test_the_memory_plan_counts_no_text_encoder_that_is_elsewhere(written: Path)
     for setting in (f"sample.text_features={written}", "sample.text_encoder_device=cpu"):
         config = config_of(setting)
         assert text_bytes(config)["whole"] == 0
-        assert plan.sampling_memory(config)["text encoder, freed after the prompts"] == 0
 
 
 def test_another_device_than_the_cpu_is_refused() -> None:

@@ -53,11 +53,10 @@ def test_a_whole_mlp_would_miss_the_bar(fused_attention: None) -> None:
 
 @pytest.mark.parametrize("size", [(60, 90), (90, 160)])
 def test_the_planner_s_constants_are_the_counted_peaks(fused_attention: None, size: tuple[int, int]) -> None:
-    from cogvideox.plan import NETWORK_LIVE_TENSORS
-    from cogvideox.sampling.memory_needs import LIVE_TENSORS_CHUNKED
+    from cogvideox.planning.sampling import LIVE_TENSORS, LIVE_TENSORS_CHUNKED
 
     unit = 2 * (226 + 13 * size[0] * size[1] // 4) * 3072 * 2
-    for rows, constant in ((None, NETWORK_LIVE_TENSORS), (8192, LIVE_TENSORS_CHUNKED)):
+    for rows, constant in ((None, LIVE_TENSORS), (8192, LIVE_TENSORS_CHUNKED)):
         counted = peak("5b", chunk_rows=rows, size=size).peak_bytes / unit
         assert counted <= constant <= 1.03 * counted
 

@@ -28,6 +28,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the merged config and the plan, run nothing"
     )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="with --dry-run: plan for this GPU, such as h200, with times"
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides such as train.steps=10")
 
@@ -37,6 +40,8 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str], list[str]]:
     """(arguments, YAML files, overrides). Overrides may stand anywhere, with or without leading dashes."""
     arguments, unknown = parser.parse_known_args(argv)
+    if getattr(arguments, "gpu", None) and not arguments.dry_run:
+        parser.error("--gpu names the GPU of a plan: add --dry-run")
     overrides = list(arguments.overrides)
     for name in ("base", "prompt", "lora", "output", "from_latents"):
         # Options that take several values also swallow the overrides behind them.

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox.config_merge import ConfigError, Part, dump_yaml, merge_files, set_by_path, to_dataclass
-from cogvideox.diffusion.names import GUIDANCES, SAMPLERS, target_of
+from cogvideox.config_names import spell_out
+from cogvideox.optimizer_names import check_zero
+from cogvideox.recompute import read_recompute
 
 __all__ = [
     "Config",
@@ -36,6 +38,8 @@ __all__ = [
 class RunConfig:
     dir: str | None = None
     # The run folder: the same command with the same folder resumes. None: runs/<names of the YAML files>.
+    force: bool = False
+    # Go on from a checkpoint although keys that change the training differ from its own; they are listed.
 
 
 @dataclass
@@ -64,8 +68,11 @@ class TransformerConfig:
     patch_embed: Part = field(default_factory=lambda: Part("cogvideox.model.patch_embed.PatchEmbed"))
     adaln: Part = field(default_factory=lambda: Part("cogvideox.model.adaln.ExpertAdaLN"))
     final_layer: Part = field(default_factory=lambda: Part("cogvideox.model.final_layer.FinalLayer"))
-    checkpoint_activations: bool = False
-    # Recompute each layer in the backward pass: one forward more, a fraction of the memory.
+    checkpoint_activations: Any = False
+    # What each block keeps for the backward pass; the rest is computed again from its input. false or none: everything.
+    # products: the outputs of linear layers and attention, half the memory for hardly more work. selective: the outputs
+    # of attention. true or full: nothing. A whole number n: blocks 0, n, 2n ... as full, the others as none. "24 GiB":
+    # the fastest of these whose planned peak fits.
 
 
 @dataclass
@@ -77,7 +84,7 @@ class ModelConfig:
     timesteps: Part = field(default_factory=lambda: Part("cogvideox.diffusion.timesteps.StratifiedTimesteps"))
     # How training timesteps are drawn.
     loss: Part = field(default_factory=lambda: Part("cogvideox.diffusion.loss.v_prediction_loss"))
-    # (prediction, target, t, schedule) -> (loss, metrics).
+    # (prediction, target, t, schedule) -> (loss, metrics). Short names: min_snr, debiased ... (diffusion/names.py).
     offset_noise: float = 0.0
     # Standard deviation of a constant added to each sample's noise; 0 is off.
     conditions: list[Part] = field(default_factory=list)
@@ -171,9 +178,21 @@ class LoraConfig:
     alpha: float = 1.0
     # The update is scaled by alpha / rank. 1 is SAT's value; diffusers users expect alpha = rank.
     layers: list[str] = field(default_factory=lambda: ["query_key_value", "dense"])
-    # Names of the linear layers inside a transformer layer.
+    # Linear layers by pattern (patterns.py): the end of a path such as dense or adaLN_modulations.*, or re:EXPRESSION.
     transformer_layers: list[int] | None = None
-    # Indices of the transformer layers. None: all.
+    # Indices of the transformer layers. None: all. Layers outside of them are chosen by ``layers`` alone.
+    rank_pattern: dict[str, Any] = field(default_factory=dict)
+    # Pattern -> rank, in place of ``rank``; the first that matches counts.
+    alpha_pattern: dict[str, Any] = field(default_factory=dict)
+    # Pattern -> alpha, in place of ``alpha``.
+    rslora: bool = False
+    # The update is scaled by alpha / sqrt(rank) (Kalajdzievski 2023): its size does not depend on the rank.
+    dropout: float = 0.0
+    # Of the adapters' input, in training.
+    dora: bool = False
+    # Train the length of each row of the weight apart from its direction (Liu et al. 2024). Exported merged.
+    quantize_base: str | None = None
+    # The frozen linear layers of the transformer's layers in eight bits: int8, fp8, torchao_int8, torchao_fp8.
 
 
 @dataclass
@@ -191,6 +210,9 @@ class DataConfig:
     # A second folder, never trained on. None: no validation loss.
     num_workers: int = 2
     # Loader processes per rank; 0 reads in the training process.
+    clip_timeout_seconds: float | None = 60.0
+    # A clip that takes longer to read is put aside like a damaged one, and its process replaced. None: wait for ever.
+    # With num_workers=0 nothing can be cut off.
     latent_cache: str | None = None
     # Folder where each clip's latents are kept, encoded once. None: encode in every step.
     latent_cache_precision: str | None = None
@@ -203,12 +225,30 @@ class DataConfig:
 
 
 @dataclass
+class GroupConfig:
+    pattern: str
+    # Which parameters, by name (patterns.py): the end of a path, or re:EXPRESSION. The first group that matches counts.
+    lr_scale: float | None = None
+    # Their learning rate is that of the optimizer times this. None: 1.
+    lr: float | None = None
+    # Their learning rate. None: by lr_scale.
+    weight_decay: float | None = None
+    # None: the optimizer's, and 0 for norms and biases.
+
+
+@dataclass
 class TrainConfig:
     steps: int
     batch_size: int
     # Clips per rank and micro-step.
     optimizer: Part
+    # adamw, muon, adamw_8bit ...: optimizer_names.py has the short names.
+    groups: list[GroupConfig] = field(default_factory=list)
+    # Parameters with a learning rate or weight decay of their own; docs/optimizers.md.
     gradient_accumulation_steps: int = 1
+    global_batch_size: int | None = None
+    # Clips per optimizer step over all ranks: the micro-steps follow from it, so another number of ranks trains the
+    # same batches. None: batch_size * gradient_accumulation_steps * ranks.
     gradient_clipping: float = 1.0
     # Maximum L2 norm of the gradient; 0 is off.
     precision: str = "bf16"
@@ -239,9 +279,17 @@ class TrainConfig:
     # Warn when saturation, brightness or motion of the previews moved from the base model's by more than this part of
     # it. Only with load.transformer. None: never.
     keep_checkpoints: int | None = 3
-    # None keeps all.
+    # The newest so many; None keeps all.
+    keep_best: bool = True
+    # And, of those saved at a step that was validated, the one with the lowest held-out loss.
+    keep_every: int | None = None
+    # And those of every so many steps. None: no others.
     max_nonfinite_steps: int = 20
     # Consecutive steps with a non-finite loss or gradient after which the run stops.
+    profile_steps: list[int] | None = None
+    # [first, last]: these steps are recorded by torch's profiler, into run.dir/profile. None: none.
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    # The ranks that record.
     trackers: list[str] = field(default_factory=list)
     # Any of wandb, tensorboard. metrics.jsonl is always written.
     resume: str = "auto"
@@ -350,22 +398,10 @@ def config_from_dict(tree: dict[str, Any], overrides: list[str] | tuple[str, ...
     tree = copy.deepcopy(tree)
     for override in overrides:
         set_by_path(tree, override)
-    for key, known in (("sampler", SAMPLERS), ("guidance", GUIDANCES)):
-        _spell_out(tree, key, known)
+    spell_out(tree)
     config = to_dataclass(Config, tree)
     check(config)
     return config
-
-
-def _spell_out(tree: dict[str, Any], key: str, known: dict[str, str]) -> None:
-    """``sampler=heun`` and ``sampler.target=heun`` become the full path, in place; see ``diffusion.names``."""
-    part = tree.get(key)
-    part = {"target": part} if isinstance(part, str) else part
-    if isinstance(part, dict) and isinstance(part.get("target"), str):
-        try:
-            tree[key] = {**part, "target": target_of(part["target"], known, key)}
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -427,10 +463,15 @@ def check(config: Config) -> None:
             f"sample.text_encoder_device={config.sample.text_encoder_device!r}: expected cpu, or null for that "
             f"of the network"
         )
-    if config.train is not None and config.train.preview_prompts:
-        _check_previews(config)
     if config.train is not None:
+        try:
+            check_zero(config.train.optimizer.target, config.deepspeed.get("zero_optimization") or {})
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if config.train.preview_prompts:
+            _check_previews(config)
         _check_validation(config.train)
+        _check_torchao(config)
     for index, part in enumerate(config.model.conditions):
         length = part.params.get("max_length")
         if transformer is not None and length is not None and length != transformer.text_length:
@@ -448,6 +489,16 @@ def _check_validation(train: TrainConfig) -> None:
         raise ConfigError(
             f"train.validation_timesteps={train.validation_timesteps}: expected at least train.timestep_bands="
             f"{train.timestep_bands}, so that each band has one"
+        )
+
+
+def _check_torchao(config: Config) -> None:
+    stage = (config.deepspeed.get("zero_optimization") or {}).get("stage", 2)
+    method = (config.lora.quantize_base if config.lora else None) or ""
+    if method.startswith("torchao") and stage == 3:
+        raise ConfigError(
+            f"lora.quantize_base={method} does not work with deepspeed.zero_optimization.stage=3, which puts its own "
+            f"linear operation in torch's place: use lora.quantize_base={method.removeprefix('torchao_')}, or stage 2"
         )
 
 
@@ -477,6 +528,10 @@ def _check_transformer(t: TransformerConfig) -> None:
         )
     if len(t.patch_size) != 3 or min(t.patch_size) < 1:
         raise ConfigError(f"model.transformer.patch_size={t.patch_size}: expected three numbers [t, h, w]")
+    try:
+        read_recompute(t.checkpoint_activations)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_size(section: Any, name: str, vae: VAEConfig, transformer: TransformerConfig | None) -> None:

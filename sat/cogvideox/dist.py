@@ -135,6 +135,35 @@ def any_rank(flag: bool) -> bool:
     return bool(agreed)
 
 
+def any_rank_of_each(*flags: bool) -> list[bool]:
+    """``any_rank`` of several flags in one exchange."""
+    if world_size() == 1:
+        return list(flags)
+    agreed = torch.tensor(flags, dtype=torch.int32)
+    torch_dist.all_reduce(agreed, op=torch_dist.ReduceOp.MAX)
+    return [bool(flag) for flag in agreed]
+
+
+def store(name: str, timeout: datetime.timedelta) -> torch_dist.Store:
+    """The key-value store through which the ranks met, with keys under ``name`` and a connection of its own.
+
+    So a thread may wait in it while another uses it, and it works while every collective hangs.
+    """
+    own = torch_dist.PrefixStore(name, distributed_c10d._get_default_store().clone())
+    own.set_timeout(timeout)
+    return own
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone, or did not answer in time."""
+    if isinstance(error, torch_dist.DistError):
+        return True
+    return type(error) is RuntimeError and any(
+        text in str(error)
+        for text in ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    )
+
+
 def gather(value: Any) -> list[Any]:
     """Every rank's picklable ``value``, in rank order, on every rank."""
     if world_size() == 1:

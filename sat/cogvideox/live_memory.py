@@ -24,17 +24,19 @@ from torch.utils._pytree import tree_leaves
 class LiveMemory(TorchDispatchMode):
     """A context that counts the bytes of the tensors that live in it.
 
+    device: count only tensors of this type of device ("cpu"); None: all.
     live_bytes: now.  peak_bytes: the most at any time, between operations or during one.
     peak_operation: the operation that reached the peak.
     at_peak: what lived then, (bytes, operation that made it), largest first; the transient copy of a convolution too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
         super().__init__()
+        self.device = device
         self.live_bytes = 0
         self.peak_bytes = 0
         self.peak_operation = ""
-        self.at_peak: list[tuple[int, str]] = []
+        self._at_peak: list[tuple[int, str]] = []
         self._live: dict[int, tuple[int, str]] = {}
         # By a running number: the address of a storage is used again after its death.
         self._seen: weakref.WeakSet = weakref.WeakSet()
@@ -53,7 +55,7 @@ class LiveMemory(TorchDispatchMode):
 
     def _add(self, tensor: Tensor, name: str) -> None:
         storage = tensor.untyped_storage()
-        if storage in self._seen:
+        if storage in self._seen or self.device not in (None, storage.device.type):
             return
         self._seen.add(storage)
         self._made += 1
@@ -70,7 +72,11 @@ class LiveMemory(TorchDispatchMode):
             return
         self.peak_bytes, self.peak_operation = total, name
         copies = [(transient_bytes, f"contiguous input of {name}")] if transient_bytes else []
-        self.at_peak = sorted([*self._live.values(), *copies], reverse=True)
+        self._at_peak = [*self._live.values(), *copies]
+
+    @property
+    def at_peak(self) -> list[tuple[int, str]]:
+        return sorted(self._at_peak, reverse=True)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

@@ -12,22 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogvideox import dist
 from cogvideox.build import build, factory
 from cogvideox.conditioning.conditioner import Conditioner
 from cogvideox.config import Config, ConfigError, reference_count
+from cogvideox.diffusion.bands import band_names, band_of
 from cogvideox.diffusion.constraints import KeepRegion
 from cogvideox.diffusion.denoiser import GuidedDenoiser
 from cogvideox.diffusion.guidance import ConstantGuidance
 from cogvideox.diffusion.inversion import ddim_invert
+from cogvideox.diffusion.loss import losses_by_item
 from cogvideox.diffusion.noise import training_noise
 from cogvideox.diffusion.partial import TailSchedule, noised_start
 from cogvideox.diffusion.reference import ReferenceTrajectory
 from cogvideox.diffusion.samplers import ddim, noise_source
 from cogvideox.dist import RandomStreams
 from cogvideox.model.lora import freeze_base, merge_lora
+from cogvideox.model.parameter_groups import parameter_group
 from cogvideox.model.patch_embed import pad_front
 from cogvideox.model.reference import ReferenceAttention
 from cogvideox.model.transformer import ExpertTransformer
+from cogvideox.phases import untimed
+from cogvideox.planning.choices import resolve_budget
+from cogvideox.planning.memory import training_peak
 from cogvideox.system_sampling import (
     DEFAULT_STRENGTH,
     Progress,
@@ -65,6 +72,16 @@ def build_transformer(
     arguments = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     for name in ("position", "patch_embed", "adaln", "final_layer"):
         arguments[name] = factory(arguments[name])
+    # A memory budget becomes the policy that this run takes for it.
+    run = resolve_budget(config, dist.world_size())
+    arguments["checkpoint_activations"] = run.model.transformer.checkpoint_activations
+    if run is not config and config.train is not None:
+        logger.info(
+            "model.transformer.checkpoint_activations=%s takes %s, planned to need %.1f GiB",
+            section.checkpoint_activations,
+            run.model.transformer.checkpoint_activations,
+            training_peak(run, dist.world_size()) / 2**30,
+        )
     return ExpertTransformer(**arguments, device=device, skip_init=skip_init)
 
 
@@ -91,6 +108,9 @@ class VideoDiffusion(nn.Module):
         self.loss = build(config.model.loss)
         self.guidance = build(config.guidance)
         self.sampler = build(config.sampler)
+        self.phases = untimed  # a trainer gives its own
+
+    parameter_group = staticmethod(parameter_group)
 
     @property
     def transformer(self) -> nn.Module:
@@ -178,16 +198,33 @@ class VideoDiffusion(nn.Module):
 
         batch: ``video`` (B, F, 3, H, W), uint8 or in [-1, 1], or ``moments`` (B, T, 2C, h, w) from the latent cache;
         ``caption`` list of B. rng: the step's random streams (None: those of step 0, for notebooks).
-        Returns (loss, metrics), 0-d tensors.
+        Returns (loss, metrics), 0-d tensors, and in metrics also one value per clip.
         """
         rng = rng or RandomStreams.at(self.config.seed, 0, device=self.device)
         x0 = self.encode_batch(batch, rng.local)  # (B, T, C, h, w)
         encode = partial(self.encode_pixels, generator=rng.local)
-        condition = self.conditioner(batch, rng, encode, num_latent_frames=x0.shape[1])
+        with self.phases("text"):
+            condition = self.conditioner(batch, rng, encode, num_latent_frames=x0.shape[1])
         noise = training_noise(x0, rng.local, self.config.model.offset_noise)
         t = self.timesteps.sample(len(x0), rng, self.schedule.num_timesteps)  # (B,)
         prediction, target = self.denoised(x0, condition, t, noise)
-        return self.loss(prediction, target, t, self.schedule)
+        loss, metrics = self.loss(prediction, target, t, self.schedule)
+        return loss, {**metrics, **self._losses_by_band(prediction, target, t)}
+
+    @torch.no_grad()
+    def _losses_by_band(self, prediction: Tensor, target: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """``loss_by_t/0000-0249`` ...: (B,), the losses of the clips in this band of timesteps; NaN for the others."""
+        bands, steps = (
+            self.config.train.timestep_bands if self.config.train else 0,
+            self.schedule.num_timesteps,
+        )
+        if not bands:
+            return {}
+        losses = losses_by_item(self.loss, prediction, target, t, self.schedule)  # (B,)
+        band, names = band_of(t, steps, bands), band_names(steps, bands)
+        return {
+            f"loss_by_t/{name}": torch.where(band == k, losses, torch.nan) for k, name in enumerate(names)
+        }
 
     def denoised(
         self, x0: Tensor, condition: dict[str, Tensor], t: Tensor, noise: Tensor
@@ -230,7 +267,8 @@ class VideoDiffusion(nn.Module):
 
     def vae_moments(self, video: Tensor) -> Tensor:
         """video (B, F, 3, H, W), uint8 or in [-1, 1] -> moments (B, T, 2C, h, w), float32, unscaled."""
-        return self.frozen_vae.moments(video.to(self.device)).float()
+        with self.phases("vae"):
+            return self.frozen_vae.moments(video.to(self.device)).float()
 
     def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """pixels (B, F, 3, H, W) in [-1, 1] -> scaled latents (B, T, C, h, w): what image conditions are given.
@@ -480,3 +518,9 @@ class VAESystem(VAETraining):
 
     def prepare_training(self, device: torch.device) -> None:
         self.to(device).train()
+
+    @staticmethod
+    def parameter_group(name: str) -> str:
+        """``encoder`` or ``decoder``; ``loss`` for parameters that the loss has of its own."""
+        owner, _, rest = name.partition(".")
+        return rest.partition(".")[0] if owner == "first_stage_model" else owner

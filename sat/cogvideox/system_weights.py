@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from cogvideox.build import factory
-from cogvideox.model.lora import attach_lora, inject_lora
+from cogvideox.model.lora import adapted_layers, attach_lora, inject_lora, lora_scales
+from cogvideox.model.quantize import check_method, quantize_base
 from cogvideox.system_text import load_text_encoders
 from cogvideox.weights import load
 from cogvideox.weights.fill import LoadReport
@@ -27,6 +28,13 @@ System = Any
 def check_weights(system: System) -> list[tuple[LoraFile, float]]:
     """Compare the headers of what ``load`` names with the system, and read the LoRAs; errors as of ``load_weights``."""
     section, infos = system.config.load, {}
+    lora = system.config.lora
+    if lora is not None:  # patterns without a match, before weights are read
+        adapted_layers(
+            system.transformer, lora.layers, lora.transformer_layers, lora.rank_pattern, lora.alpha_pattern
+        )
+        if lora.quantize_base is not None:
+            check_method(lora.quantize_base, "lora.quantize_base")
     if section.transformer:
         infos["transformer"] = load.check_transformer(
             system.transformer, section.transformer, ema=section.ema
@@ -74,19 +82,27 @@ def _apply_loras(system: System, loras: list[tuple[LoraFile, float]]) -> list[Lo
     else:
         attach_lora(system.transformer, apply_lora.adapter_matrices(total))
     if section is not None:
+        if section.quantize_base is not None:
+            quantize_base(system.transformer, section.quantize_base)
         generator = torch.Generator().manual_seed(system.config.seed)
-        inject_lora(
+        wrapped = inject_lora(
             system.transformer,
             section.rank,
             section.alpha,
             section.layers,
             section.transformer_layers,
             generator,
+            rank_pattern=section.rank_pattern,
+            alpha_pattern=section.alpha_pattern,
+            rslora=section.rslora,
+            dropout=section.dropout,
+            dora=section.dora,
         )
+        logger.info("lora: %d layers are adapted, %s ... %s", len(wrapped), wrapped[0], wrapped[-1])
     if start is not None:
         file, strength = start
-        scale = section.alpha / section.rank
-        reports.append(apply_lora.start_adapters(system.transformer, file, strength, scale))
+        scales = lora_scales(system.transformer)
+        reports.append(apply_lora.start_adapters(system.transformer, file, strength, scales))
     return reports
 
 

@@ -67,6 +67,11 @@ def write_lora(
     modules = source.modules if alpha is None else _with_alpha(source.modules, alpha)
     if not modules:
         raise ValueError("the LoRA has no modules: there is nothing to write")
+    if any(part.gain is not None for part in modules.values()):
+        raise ValueError(
+            f"a DoRA cannot be written as {to}'s LoRA: the programs that read those add an update, and would drop its "
+            f"magnitudes; merge it into its base model (python -m scripts.convert_weights BASE OUT --lora DORA)"
+        )
     needed_strength = strength(modules, to, alpha_mode)
     names = {module: tensor_names(module, to) for module in modules}
     fold, with_alpha = alpha_mode == "fold", alpha_mode != "external" and to in ("kohya", "ComfyUI")

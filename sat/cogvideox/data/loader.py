@@ -1,26 +1,28 @@
-"""Batches in an order that follows from (seed, step) alone, so that a run resumes without any saved loader state.
+"""Batches in an order that follows from (seed, clips taken) alone, so that a run resumes without a saved loader state.
 
 Clips are numbered through all epochs: position p is place p % n of epoch p // n, and each epoch is a permutation drawn
-from (seed, epoch). The global batch of step k holds the positions [k G, (k + 1) G), G = batch_size * world_size, and
-rank r takes its r-th slice. So the global batch is the same for every split into ranks, and an epoch whose length G
-does not divide goes on into the next one within a batch: no clip is dropped and none is repeated.
+from (seed, epoch). After ``start`` clips the k-th batch of all ranks holds the positions start + [k G, (k + 1) G), G =
+batch_size * world_size, and rank r takes its r-th slice. So the global batch is the same for every split into ranks, a
+run goes on at the right clip on another number of them, and an epoch whose length G does not divide goes on into the
+next one within a batch: no clip is dropped and none is repeated.
 """
 
 from __future__ import annotations
 
-import logging
-import signal
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import Dataset
 
+from cogvideox.data.quarantine import Quarantine
 from cogvideox.data.reader import VideoError
-
-logger = logging.getLogger(__name__)
+from cogvideox.data.worker_pool import InProcess, WorkerPool
 
 
 @dataclass
@@ -53,79 +55,11 @@ class ClipOrder:
         return self._permutation
 
 
-@dataclass
-class _Loaded:
-    """What a worker sends back for one position."""
-
-    item: dict | None
-    skipped: dict[str, str]  # key -> reason, of clips tried before this one
-    error: str | None = None
-
-
-class _Positions(Dataset):
-    """The dataset as a worker sees it: asked for positions, with replacements for bad clips."""
-
-    def __init__(self, dataset: Dataset, order: ClipOrder):
-        self.dataset, self.order = dataset, order
-        self.skips = getattr(dataset, "on_bad_clip", "error") == "skip"
-        self.max_bad = getattr(dataset, "max_bad_fraction", 0.0) * order.num_clips
-
-    def __getitem__(self, position: int) -> _Loaded:
-        index, epoch = self.order.at(position)
-        skipped: dict[str, str] = {}
-        for candidate in chain([index], self.order.after(position)):
-            try:
-                return _Loaded(self._item(candidate, epoch), skipped)
-            except VideoError as error:
-                # As text: an exception raised in a worker arrives wrapped in the worker's traceback.
-                if not self.skips:
-                    return _Loaded(None, skipped, str(error))
-                skipped[self._key(candidate)] = str(error)
-            if len(skipped) > self.max_bad:
-                break
-        return _Loaded(None, skipped, f"{len(skipped)} clips in a row cannot be read")
-
-    def _item(self, index: int, epoch: int) -> dict:
-        item = getattr(self.dataset, "item", None)
-        return self.dataset[index] if item is None else item(index, epoch)
-
-    def _key(self, index: int) -> str:
-        describe = getattr(self.dataset, "describe", None)
-        return str(index) if describe is None else describe(index)["key"]
-
-
-@dataclass
-class _LocalPositions:
-    """Batch sampler: this rank's positions of each step from ``start_step`` on, without end."""
-
-    start_step: int
-    batch_size: int
-    rank: int
-    world_size: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step
-        while True:
-            first = (step * self.world_size + self.rank) * self.batch_size
-            yield list(range(first, first + self.batch_size))
-            step += 1
-
-
-def _ignore_stop_signals(worker_id: int) -> None:
-    """torchrun signals a rank's whole session. The rank saves and ends its workers itself; it needs them until then."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _unpack(loaded: list[_Loaded]) -> tuple[dict | None, dict[str, str], str | None]:
-    """(batch, skipped, error) of one step; runs in the worker, so that pinning sees a dict of tensors."""
-    skipped = {key: reason for one in loaded for key, reason in one.skipped.items()}
-    error = next((one.error for one in loaded if one.error), None)
-    return (None if error else collate([one.item for one in loaded])), skipped, error
-
-
 def collate(items: list[dict]) -> dict:
-    """Tensors are stacked along a new first dimension, everything else becomes a list."""
+    """Tensors are stacked along a new first dimension, everything else becomes a list.
+
+    Where there is a GPU they are stacked in pinned memory, from which copies do not hold up the CPU.
+    """
     batch = {}
     for name, first in items[0].items():
         values = [item[name] for item in items]
@@ -135,21 +69,32 @@ def collate(items: list[dict]) -> dict:
                 raise ValueError(
                     f"{name!r} has the shapes {sorted(shapes)} in one batch: expected equal ones"
                 )
-            batch[name] = torch.stack(values)
+            batch[name] = _stacked(values)
         else:
             batch[name] = values
     return batch
 
 
+def _stacked(values: list[Tensor]) -> Tensor:
+    if not torch.cuda.is_available():
+        return values[0][None] if len(values) == 1 else torch.stack(values)
+    shape = len(values), *values[0].shape
+    return torch.stack(values, out=torch.empty(shape, dtype=values[0].dtype, pin_memory=True))
+
+
 class ResumableLoader:
     """Endless batches of a map-style dataset for one rank.
 
-    batch_size: per rank. num_workers: decoding processes; 0 decodes in this one.
-    timeout_seconds: a worker silent for longer (a decoder that hangs) ends the run with an error; 0 waits for ever.
+    batch_size: per rank. num_workers: decoding processes; 0 decodes in this one, where nothing can be cut off.
+    clip_timeout_seconds: a clip that takes longer to read has failed. None: for ever.
 
-    If the dataset says ``on_bad_clip = "skip"``, a clip that raises ``VideoError`` is replaced by the next good one of
-    the epoch's order, the same one after a resume; ``skipped`` lists them, and more than ``max_bad_fraction`` of the
-    clips is an error. A dataset may have ``item(index, epoch)`` where items change from epoch to epoch.
+    A clip that fails (``VideoError``, no answer in time, a process that dies of it again and again) is put aside
+    (``quarantine``) and replaced by the next good one of the epoch's order, the same one after a resume; one more than
+    the dataset's ``max_bad_fraction`` (0 where it has none: the first) is an error. ``on_bad_clip`` of a dataset does
+    not matter here: it says what its scan before training does.
+
+    A dataset may have ``item(index, epoch)`` where items change from epoch to epoch, and ``describe(index)["key"]``,
+    the name of a clip.
     """
 
     def __init__(
@@ -161,7 +106,7 @@ class ResumableLoader:
         world_size: int = 1,
         num_workers: int = 0,
         shuffle: bool = True,
-        timeout_seconds: float = 600,
+        clip_timeout_seconds: float | None = 60.0,
     ):
         assert 0 <= rank < world_size, (rank, world_size)
         if batch_size < 1 or num_workers < 0:
@@ -169,63 +114,99 @@ class ResumableLoader:
                 f"batch_size={batch_size}, num_workers={num_workers}: expected at least 1 and 0 (train.batch_size, "
                 "data.num_workers)"
             )
+        if clip_timeout_seconds is not None and clip_timeout_seconds <= 0:
+            raise ValueError(
+                f"data.clip_timeout_seconds={clip_timeout_seconds}: expected more than 0 s, or null to wait for ever"
+            )
         if len(dataset) < world_size:
             raise ValueError(
                 f"more ranks than data: {world_size} ranks, {len(dataset)} clips; start fewer processes or add clips"
             )
         self.dataset = dataset
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.num_workers, self.timeout_seconds = num_workers, timeout_seconds
+        self.num_workers, self.clip_timeout_seconds = num_workers, clip_timeout_seconds
         self.order = ClipOrder(len(dataset), seed, shuffle)
-        self.skipped: dict[str, str] = {}  # key -> reason, since the start of this process
-        self._iterator = None
+        self.quarantine = Quarantine(len(dataset), getattr(dataset, "max_bad_fraction", 0.0), rank)
+        self._pool: WorkerPool | InProcess | None = None
 
-    def iterate(self, start_step: int = 0) -> Iterator[dict]:
-        """The batches of this rank from ``start_step`` on, without end. Closing the generator ends its workers."""
+    def iterate(self, start: int = 0) -> Iterator[dict]:
+        """The batches of this rank after ``start`` clips of all ranks, without end. Closing it ends its processes."""
         self.close()
-        loader = DataLoader(
-            _Positions(self.dataset, self.order),
-            batch_sampler=_LocalPositions(start_step, self.batch_size, self.rank, self.world_size),
-            collate_fn=_unpack,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_stop_signals,
-            timeout=self.timeout_seconds if self.num_workers else 0,
-            generator=torch.Generator(),  # else it draws from the global one, which belongs to the training
-        )
-        iterator = self._iterator = iter(loader)
+        pool = self._pool = self._make_pool()
+        positions = self._positions(start)
+        under_way: deque[_UnderWay] = deque()
+        # As far ahead as torch's DataLoader, in clips: two for each process, and a batch.
+        ahead = self.batch_size + 2 * self.num_workers if self.num_workers else self.batch_size
         try:
-            for batch, skipped, error in iterator:
-                self._count(skipped)
-                if error is not None:
-                    raise VideoError(
-                        f"{error}\nMend the clip, or set data.on_bad_clip=skip to leave such clips out"
-                    )
-                yield batch
+            while True:
+                while len(under_way) < ahead:
+                    under_way.append(self._begin(pool, next(positions)))
+                yield collate([self._finish(pool, under_way.popleft()) for _ in range(self.batch_size)])
         finally:
-            if self._iterator is iterator:
-                self.close()
+            pool.close()
 
     def close(self) -> None:
-        """End the worker processes. Safe to call twice."""
-        iterator, self._iterator = self._iterator, None
-        if iterator is not None and self.num_workers:
-            workers = list(iterator._workers)
-            iterator._shutdown_workers()  # no public call exists; left to the collector, processes stay behind
-            for worker in workers:
-                if worker.is_alive():  # hanging in a decoder; it ignores SIGTERM
-                    worker.kill()
-                    worker.join()
+        """End the decoding processes. Safe to call twice."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
 
-    def _count(self, skipped: dict[str, str]) -> None:
-        for key, reason in skipped.items():
-            if key not in self.skipped:
-                logger.warning("skipped %s: %s", key, reason)
-                self.skipped[key] = reason
-        allowed = getattr(self.dataset, "max_bad_fraction", 0.0)
-        if len(self.skipped) > allowed * len(self.dataset):
-            listed = "\n".join(f"  {key}: {reason}" for key, reason in list(self.skipped.items())[:10])
-            raise VideoError(
-                f"{len(self.skipped)} of {len(self.dataset)} clips failed, more than data.max_bad_fraction={allowed}:\n"
-                f"{listed}"
-            )
+    def _make_pool(self) -> WorkerPool | InProcess:
+        read = self._read
+        return (
+            WorkerPool(read, self.num_workers, self.clip_timeout_seconds)
+            if self.num_workers
+            else InProcess(read)
+        )
+
+    def _positions(self, start: int) -> Iterator[int]:
+        """This rank's positions of each batch from the position ``start`` on."""
+        for first in count(start + self.rank * self.batch_size, self.world_size * self.batch_size):
+            yield from range(first, first + self.batch_size)
+
+    def _begin(self, pool: WorkerPool | InProcess, position: int) -> _UnderWay:
+        """Have the clip of ``position`` read, as far as is known now which one that is."""
+        index, epoch = self.order.at(position)
+        candidates = chain([index], self.order.after(position))
+        first = next((i for i in candidates if not self._is_aside(i)), index)
+        return _UnderWay(position, epoch, first, pool.submit(first, epoch))
+
+    def _finish(self, pool: WorkerPool | InProcess, begun: _UnderWay) -> dict:
+        """The item of a position. Positions are finished in their order, whatever order the processes work in.
+
+        So which clips are out at a position follows from the positions before it alone: a clip that was read ahead, but
+        was put aside by an earlier position meanwhile, is thrown away.
+        """
+        if self._is_aside(begun.index):
+            pool.forget(begun.ticket)
+        index, _ = self.order.at(begun.position)
+        for candidate in chain([index], self.order.after(begun.position)):
+            if self._is_aside(candidate):
+                continue
+            ticket = begun.ticket if candidate == begun.index else pool.submit(candidate, begun.epoch)
+            outcome = pool.take(ticket)
+            if outcome.failure is None:
+                return outcome.item
+            self.quarantine.put_aside(self._key(candidate), outcome.failure)
+        raise VideoError(f"none of the {len(self.dataset)} clips can be read (data.path)")
+
+    def _is_aside(self, index: int) -> bool:
+        return bool(self.quarantine) and self._key(index) in self.quarantine
+
+    def _read(self, index: int, epoch: int) -> dict:
+        item = getattr(self.dataset, "item", None)
+        return self.dataset[index] if item is None else item(index, epoch)
+
+    def _key(self, index: int) -> str:
+        describe = getattr(self.dataset, "describe", None)
+        return str(index) if describe is None else describe(index)["key"]
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A position whose clip is being read: the one with ``index``, to be had for ``ticket``."""
+
+    position: int
+    epoch: int
+    index: int
+    ticket: Any

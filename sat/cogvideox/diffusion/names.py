@@ -1,4 +1,4 @@
-"""Short names of samplers and guidances for the command line: ``sampler=heun``. No torch."""
+"""Short names of samplers, guidances, losses and timesteps for the command line: ``sampler=heun``. No torch."""
 
 from __future__ import annotations
 
@@ -25,11 +25,28 @@ GUIDANCES = {
     "rescaled": "cogvideox.diffusion.guidance.RescaledGuidance",
 }
 
+LOSSES = {
+    "v_prediction": "cogvideox.diffusion.loss.v_prediction_loss",
+    "min_snr": "cogvideox.diffusion.weighting.MinSNR",
+    "soft_min_snr": "cogvideox.diffusion.weighting.SoftMinSNR",
+    "p2": "cogvideox.diffusion.weighting.P2",
+    "snr_power": "cogvideox.diffusion.weighting.SNRPower",
+    "debiased": "cogvideox.diffusion.weighting.Debiased",
+    "constant": "cogvideox.diffusion.weighting.Constant",
+}
+
+TIMESTEPS = {
+    "stratified": "cogvideox.diffusion.timesteps.StratifiedTimesteps",
+    "uniform": "cogvideox.diffusion.timesteps.UniformTimesteps",
+    "logit_normal": "cogvideox.diffusion.timesteps.LogitNormalTimesteps",
+    "mode": "cogvideox.diffusion.timesteps.ModeTimesteps",
+}
+
 
 def target_of(name: str, known: Mapping[str, str], key: str) -> str:
     """The import path behind ``name``; a path, anything with a dot, is returned as it is.
 
-    known: ``SAMPLERS`` or ``GUIDANCES``; key: of the configuration, for the message.
+    known: one of the tables above; key: of the configuration, for the message.
     Raises ValueError that names the nearest and all known names.
     """
     if "." in name:

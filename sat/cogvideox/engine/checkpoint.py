@@ -2,15 +2,14 @@
 
 A folder is written as ``STEP.tmp``, every file of it flushed to the disk, then renamed; ``latest`` is replaced after
 that. So a process killed at any moment leaves the previous checkpoint valid, and no folder with a numeric name is ever
-half written. Beside DeepSpeed's files (only what was trained) stand ``state.json`` (what to resume with, and what the
-checkpoint fits), ``config.yaml`` (the merged configuration) and ``ema_rank_NN.safetensors``.
+half written. Beside DeepSpeed's files (only what was trained) stand ``state.json`` (what to resume with, what the
+checkpoint fits, and the digests of all files), ``config.yaml`` (the merged configuration) and
+``ema_rank_NN.safetensors``.
 """
 
 from __future__ import annotations
 
 import errno
-import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -21,58 +20,110 @@ import torch
 from torch import nn
 
 from cogvideox import dist
-from cogvideox.engine.ema import EMA, numel
+from cogvideox.engine import checkpoint_folders, durable, integrity, universal
+from cogvideox.engine.checkpoint_folders import LATEST, KeepRule, numbered
+from cogvideox.engine.ema import EMA, deal, numel
+from cogvideox.engine.events import Events
+from cogvideox.engine.integrity import STATE, Damaged
+from cogvideox.engine.logging import get_logger
 
 _GIB = 2**30
 
 
-def find(directory: Path, resume: str) -> Path | None:
-    """The checkpoint folder to start from, None to start from the beginning.
+def choose(directory: Path, resume: str, events: Events) -> Path | None:
+    """The checkpoint folder to start from, None to start from the beginning. Every rank must call.
 
-    directory: ``RUN/checkpoints``.  resume: "auto" (where ``latest`` points, if anywhere), "never" (ValueError if the
-    run folder has checkpoints), or the path of a run folder, a checkpoints folder or one checkpoint.
+    The newest is checked whole, file by file; one that is damaged is put aside (``STEP.damaged``) and the one before
+    takes its place, which the console and ``events`` say. Raises ValueError if all are damaged, or the one that
+    ``resume`` names is.
     """
-    newest = _latest(directory)
-    if resume == "auto":
-        return newest
-    if resume == "never":
-        if newest is not None:
-            raise ValueError(
-                f"train.resume=never but {directory} holds checkpoints (the last: {newest.name}): "
-                f"choose another run.dir, or train.resume=auto to go on from there"
-            )
+    candidates = checkpoint_folders.find(directory, resume)
+    if candidates.problem:
+        _say_damaged(events, candidates.problem, candidates.folders[0])
+    damaged: dict[Path, str] = {}
+    for folder in candidates.folders:
+        problems = _inspect(folder)
+        if problems:
+            damaged[folder] = "; ".join(problems[:3]) + (" ..." if len(problems) > 3 else "")
+            continue
+        for broken, problem in damaged.items() if candidates.are_own else ():
+            if dist.is_main():
+                aside = checkpoint_folders.put_aside(broken)
+                _say_damaged(events, f"{broken} is damaged ({problem}); it is kept as {aside.name}", folder)
+        dist.barrier()
+        return folder
+    if not damaged:
         return None
-    path = Path(resume)
-    for candidate in (
-        path if (path / "state.json").is_file() else None,
-        _latest(path),
-        _latest(path / "checkpoints"),
-    ):
-        if candidate is not None:
-            return candidate
-    raise ValueError(
-        f"train.resume={resume}: expected auto, never, a run folder, or a checkpoint (a folder with state.json)"
-    )
-
-
-def _latest(directory: Path) -> Path | None:
-    pointer = directory / "latest"
-    if not pointer.is_file():
-        return None
-    folder = directory / pointer.read_text().strip()
-    if not (folder / "state.json").is_file():
-        whole = [p.name for p in _numbered(directory) if (p / "state.json").is_file()]
+    listed = "; ".join(f"{folder}: {problem}" for folder, problem in damaged.items())
+    if candidates.are_own:
         raise ValueError(
-            f"{pointer} names {folder.name}, which is not there; "
-            + (f"set train.resume={directory / whole[-1]}" if whole else f"delete {pointer} to start anew")
+            f"no checkpoint of this run can be used: {listed}. Restore one from a copy, or choose another run.dir"
         )
-    return folder
+    raise ValueError(f"train.resume={resume} is damaged: {listed}. Name another checkpoint folder")
 
 
-def _numbered(directory: Path) -> list[Path]:
-    return sorted(
-        (p for p in directory.iterdir() if p.name.isdigit() and p.is_dir()), key=lambda p: int(p.name)
-    )
+def _inspect(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, the same on every rank: each checks a share of the files."""
+    found, problems = {}, []
+    try:
+        state = integrity.read_state(folder)
+        sizes = {name: size for name, (size, _) in state["files"].items()}
+        share = [name for name, owner in deal(sizes, dist.world_size()).items() if owner == dist.rank()]
+        found = {name: text for name in share for text in integrity.damages(folder, state, [name])}
+    except Damaged as error:
+        problems = [str(error)]
+    gathered = dist.gather((problems, found))
+    return next((p for p, _ in gathered if p), []) or [text for _, part in gathered for text in part.values()]
+
+
+def _say_damaged(events: Events, problem: str, folder: Path) -> None:
+    get_logger().warning(f"{problem}; going on from {folder}")
+    events.write("checkpoint_damaged", problem=problem, going_on_from=str(folder))
+
+
+def check_fits(folder: Path, fits: dict[str, Any]) -> None:
+    """Raise ValueError if a checkpoint was written for another precision, ZeRO stage or model than ``fits``.
+
+    fits: "precision", "zero_stage", and "parameters", what is trained: one {name: shape} for each group of the
+    optimizer. Another number of ranks fits: universal.py.
+    """
+    state = integrity.read_state(folder)
+    for key, remedy in (
+        ("precision", "set train.precision to that"),
+        ("zero_stage", "set deepspeed.zero_optimization.stage to that"),
+    ):
+        if state[key] != fits[key]:
+            raise ValueError(
+                f"{folder} was written with {key}={state[key]}, this run has {fits[key]}: {remedy}"
+            )
+    theirs, ours = ({n: s for group in g["parameters"] for n, s in group.items()} for g in (state, fits))
+    advice = f"set model.* and lora.* as in {folder / 'config.yaml'}, or choose another run.dir"
+    missing, unexpected = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder} does not fit what is trained now: it lacks {len(missing)} parameters "
+            f"({', '.join(missing[:2])}) and has {len(unexpected)} too many ({', '.join(unexpected[:2])}); {advice}"
+        )
+    for name, shape in ours.items():
+        if theirs[name] != shape:
+            raise ValueError(
+                f"{folder} does not fit what is trained now: {name} has the shape {theirs[name]} in it, and {shape} "
+                f"in this run (a LoRA's shapes follow from lora.rank); {advice}"
+            )
+    if [list(group) for group in state["parameters"]] != [list(group) for group in fits["parameters"]]:
+        raise ValueError(
+            f"{folder}: the parameters are the same, but the optimizer's groups of them are others; set train.* as in "
+            f"{folder / 'config.yaml'}"
+        )
+
+
+def trained_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, list[int]]]:
+    """Name -> shape of what is trained, by the optimizer's groups and in their order, as DeepSpeed lays it out."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return [
+        {names[p]: list(getattr(p, "ds_shape", p.shape)) for p in group["params"]}
+        for group in optimizer.param_groups
+    ]
 
 
 class Checkpoints:
@@ -83,20 +134,18 @@ class Checkpoints:
         engine: Any,
         directory: Path,
         *,
-        precision: str,
-        keep: int | None = None,
+        fits: dict[str, Any],
+        keep: KeepRule,
+        timeout_minutes: float,
         ema: EMA | None = None,
         config_file: Path | None = None,
     ):
-        """keep: number of checkpoints kept, None for all.  config_file: copied into each checkpoint if it exists."""
-        self.engine, self.directory = engine, directory
+        """fits: see ``check_fits``.  config_file: copied into each checkpoint if it exists."""
+        self.engine, self.directory, self.fits = engine, directory, fits
+        self.timeout_minutes = timeout_minutes
         self.keep, self.ema, self.config_file = keep, ema, config_file
-        self.fits = {
-            "world_size": dist.world_size(),
-            "precision": precision,
-            "zero_stage": int(engine.zero_optimization_stage()),
-        }
         self._failures: list[str] = []
+        self._files: dict[str, integrity.FileFacts] = {}
         # Our own files: flushed to the disk, failures told to every rank, and read back without running pickled code.
         engine.checkpoint_engine.save = self._save_file
         engine.checkpoint_engine.load = _load_file
@@ -111,6 +160,7 @@ class Checkpoints:
         """
         final, temporary = self.directory / str(step), self.directory / f"{step}.tmp"
         self._failures.clear()
+        self._files.clear()
         if dist.is_main():
             self._guarded(self._prepare, step)
         self._raise_failures(step, temporary)
@@ -122,9 +172,11 @@ class Checkpoints:
             exclude_frozen_parameters=True,
         )
         if self.ema is not None:
-            self._guarded(self.ema.save, temporary)
+            self._guarded(self._save_average, temporary)
+        files = {name: facts for part in dist.gather(self._files) for name, facts in part.items()}
         if dist.is_main():
-            self._guarded(self._write_records, temporary, {"step": step, **self.fits, **state})
+            records = {"step": step, "world_size": dist.world_size(), **self.fits, **state}
+            self._guarded(self._write_records, temporary, records, files)
         self._raise_failures(step, temporary)
         if dist.is_main():
             self._guarded(self._publish, temporary, final)
@@ -134,39 +186,36 @@ class Checkpoints:
     def note(self, step: int, state: dict[str, Any]) -> None:
         """Add to the ``state.json`` of a saved checkpoint. Every rank must call; errors as in ``save``."""
         if dist.is_main():
-            self._guarded(self._add_to_records, self.directory / str(step) / "state.json", state)
+            self._guarded(self._add_to_records, self.directory / str(step), state)
         self._raise_failures(step, self.directory / f"{step}.tmp")
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Put a checkpoint's weights, optimizer and averages into the engine; returns its ``state.json``.
 
-        Raises ValueError if it was written with another number of ranks, precision or ZeRO stage, if it holds other
-        parameters than are trained now, or if a file is damaged.
+        It may have been written by another number of ranks. Raises ValueError if it is damaged, or cannot be spread
+        over this number of ranks.
         """
-        state = json.loads((folder / "state.json").read_text())
-        for key, remedy in (
-            (
-                "world_size",
-                "start as many ranks (torchrun --nproc_per_node), or begin a new run from its weights",
-            ),
-            ("precision", "set train.precision to that"),
-            ("zero_stage", "set deepspeed.zero_optimization.stage to that"),
-        ):
-            if state[key] != self.fits[key]:
-                raise ValueError(
-                    f"{folder} was written with {key}={state[key]}, this run has {self.fits[key]}: {remedy}"
-                )
-        self.engine.load_checkpoint(
-            str(folder.parent),
-            tag=folder.name,
-            custom_load_fn=lambda src, dst: _load_trained(src, dst, folder),
-        )
+        state = integrity.read_state(folder)
+        if universal.is_needed(state):
+            universal.load(
+                self.engine,
+                folder,
+                state,
+                workplace=self.directory,
+                load_file=_load_file,
+                timeout_minutes=self.timeout_minutes,
+            )
+        else:
+            self.engine.load_checkpoint(
+                str(folder.parent),
+                tag=folder.name,
+                custom_load_fn=lambda src, dst: dst.load_state_dict(src, strict=False),
+            )
         if self.ema is not None:
             self.ema.load(folder)
         if dist.is_main() and folder.parent.resolve() == self.directory.resolve():
-            self._point_latest_to(
-                folder
-            )  # of an older one: those after it are an abandoned branch from here on
+            # Of an older one: those after it are an abandoned branch from here on.
+            durable.replace(self.directory / LATEST, folder.name)
         return state
 
     # ----------------------------------------------------------------------------------- the steps of save, on rank 0
@@ -175,7 +224,7 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in self.directory.glob("*.tmp"):  # of a killed run
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        existing = _numbered(self.directory)
+        existing = numbered(self.directory)
         needed = _size(existing[-1]) if existing else self._estimated_size()
         free = shutil.disk_usage(self.directory).free
         if free < needed:
@@ -190,44 +239,40 @@ class Checkpoints:
         fp32_copies = 3 if self.ema is None else 4
         return sum(numel(p) * (p.element_size() + 4 * fp32_copies) for p in trained)
 
-    def _write_records(self, temporary: Path, state: dict[str, Any]) -> None:
-        _write_durably(temporary / "state.json", json.dumps(state, indent=1) + "\n")
+    def _write_records(
+        self, temporary: Path, state: dict[str, Any], files: dict[str, integrity.FileFacts]
+    ) -> None:
         if self.config_file is not None and self.config_file.is_file():
-            _write_durably(temporary / self.config_file.name, self.config_file.read_text())
+            durable.write(temporary / self.config_file.name, self.config_file.read_text())
+        for path in temporary.iterdir():  # that one, and what a DeepSpeed to come may add
+            files.setdefault(path.name, integrity.facts(path))
+        durable.write(temporary / STATE, integrity.seal(state, files))
 
-    def _add_to_records(self, path: Path, state: dict[str, Any]) -> None:
-        partial = path.with_suffix(".tmp")
-        _write_durably(partial, json.dumps(json.loads(path.read_text()) | state, indent=1) + "\n")
-        os.replace(partial, path)
-        _flush_folder(path.parent)
+    def _add_to_records(self, folder: Path, state: dict[str, Any]) -> None:
+        durable.replace(folder / STATE, integrity.seal(integrity.read_state(folder) | state))
 
     def _publish(self, temporary: Path, final: Path) -> None:
-        _flush_folder(temporary)
+        durable.flush(temporary)
         if final.exists():  # of an abandoned branch: ``latest`` points before it
-            _remove(final)
-        os.rename(temporary, final)
-        self._point_latest_to(final)
-        if self.keep is not None:
-            others = [p for p in _numbered(self.directory) if p != final]
-            others.sort(key=lambda p: int(p.name) < int(final.name))  # an abandoned branch goes first
-            for old in others[: max(len(others) - (self.keep - 1), 0)]:
-                _remove(old)
-
-    def _point_latest_to(self, folder: Path) -> None:
-        _write_durably(self.directory / "latest.tmp", folder.name)
-        os.replace(self.directory / "latest.tmp", self.directory / "latest")
-        _flush_folder(self.directory)
+            durable.remove_folder(final)
+        temporary.rename(final)
+        durable.replace(self.directory / LATEST, final.name)
+        self.keep.prune(self.directory, int(final.name))
 
     # ------------------------------------------------------------------------------------------------------- failures
 
     def _save_file(self, state_dict: dict[str, Any], path: str) -> None:
         def write() -> None:
-            with open(path, "wb") as file:
+            with durable.HashedWriter(path) as file:
                 torch.save(state_dict, file)
-                file.flush()
-                os.fsync(file.fileno())
+            self._files[Path(path).name] = (file.bytes, file.sha256)
 
         self._guarded(write)
+
+    def _save_average(self, temporary: Path) -> None:
+        path = self.ema.save(temporary)
+        durable.flush(path)
+        self._files[path.name] = integrity.facts(path)
 
     def _guarded(self, write: Callable[..., Any], *args: Any) -> None:
         """Note a failed write instead of raising: the other ranks are on their way to the next barrier."""
@@ -245,7 +290,7 @@ class Checkpoints:
             return
         if dist.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
-        pointer = self.directory / "latest"
+        pointer = self.directory / LATEST
         last = (
             f"checkpoint {pointer.read_text().strip()} is whole"
             if pointer.is_file()
@@ -254,19 +299,6 @@ class Checkpoints:
         raise OSError(
             f"could not save step {step} in {self.directory}: {failures[0]}; {last}. Make room (or lower "
             f"train.keep_checkpoints), then run the same command again"
-        )
-
-
-def _load_trained(source: dict[str, Any], module: nn.Module, folder: Path) -> None:
-    """Load what a checkpoint holds (trained parameters and buffers); the frozen rest is loaded by who built it."""
-    result = module.load_state_dict(source, strict=False)
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    missing, unexpected = sorted(trained & set(result.missing_keys)), sorted(result.unexpected_keys)
-    if missing or unexpected:
-        raise ValueError(
-            f"{folder} does not fit what is trained now: it lacks {len(missing)} parameters "
-            f"({', '.join(missing[:2])}) and has {len(unexpected)} too many ({', '.join(unexpected[:2])}); "
-            f"use the configuration saved in it, or another run.dir"
         )
 
 
@@ -279,35 +311,15 @@ def _load_file(path: str, map_location: Any = None) -> Any:
     known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     try:
         with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            # DeepSpeed's map_location is a function for "cpu"; torchao's optimizer states take no function.
+            where = "cpu" if callable(map_location) else map_location
+            # By this name, which universal.py does not redirect to here.
+            return torch.serialization.load(path, map_location=where, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} is missing, damaged, or holds more than tensors ({str(error).splitlines()[0]}); "
             f"set train.resume to another checkpoint folder"
         ) from error
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    """Make the names in a folder survive a power cut, as fsync does for the contents of a file."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint so that a kill on the way leaves no half of it under its numeric name."""
-    doomed = folder.with_name(f"{folder.name}.old.tmp")
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)
 
 
 def _size(folder: Path) -> int:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cogvideox import dist
+from cogvideox.engine.stop import Abandoned
 
 
 class EMA:
@@ -50,14 +51,18 @@ class EMA:
     def applied(self) -> Iterator[None]:
         """The averaged weights in the network inside the block, the trained ones, bit for bit, after it.
 
-        Every rank must enter. They are not put back after an exception: the run is over then, and the communication
-        that it takes would wait for ranks that never come.
+        Every rank must enter. They are put back after ``Abandoned``, which every rank raises alike, and after no other
+        exception: the run is over then, and the communication that it takes would wait for ranks that never come.
         """
         trained = {
             name: torch.empty_like(shadow, dtype=torch.float32) for name, shadow in self.shadow.items()
         }
         self._swap(take=trained, put=self.shadow)
-        yield
+        try:
+            yield
+        except Abandoned:
+            self._swap(take=None, put=trained)
+            raise
         self._swap(take=None, put=trained)
 
     @torch.no_grad()
@@ -77,36 +82,35 @@ class EMA:
 
     # ------------------------------------------------------------------------------------------------ checkpoint
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Path:
         """This rank's share as ``ema_rank_00.safetensors`` (fp32, the network's parameter names)."""
         metadata = {"format": "pt", "updates": str(self.updates), "decay": str(self.decay)}
         tensors = {name: shadow.contiguous().cpu() for name, shadow in self.shadow.items()}
-        save_file(tensors, self._file(folder), metadata=metadata)
+        path = folder / f"ema_rank_{dist.rank():02d}.safetensors"
+        save_file(tensors, path, metadata=metadata)
+        return path
 
     def load(self, folder: Path) -> None:
-        """Take up this rank's share from a checkpoint written with as many ranks.
+        """Take up this rank's share from a checkpoint, written with any number of ranks.
 
         Raises ValueError if the checkpoint holds no average, or one of other parameters.
         """
-        path = self._file(folder)
-        if not path.is_file():
+        paths = sorted(folder.glob("ema_rank_*.safetensors"))
+        if not paths:
             raise ValueError(
-                f"{folder} holds no averaged weights ({path.name}) but train.ema_decay={self.decay}: the run that "
-                f"wrote it had none; set train.ema_decay=null, or start in another run.dir"
+                f"{folder} holds no averaged weights (ema_rank_*.safetensors) but train.ema_decay={self.decay}: the "
+                f"run that wrote it had none; set train.ema_decay=null, or start in another run.dir"
             )
-        with safe_open(path, framework="pt") as file:
-            if set(file.keys()) != set(self.shadow):
-                different = sorted(set(file.keys()) ^ set(self.shadow))
-                raise ValueError(
-                    f"{path} averages other parameters than are trained now: {different[0]}, ..."
-                )
-            self.updates = int(file.metadata()["updates"])
-            for name, shadow in self.shadow.items():
-                shadow.copy_(file.get_tensor(name))
-
-    @staticmethod
-    def _file(folder: Path) -> Path:
-        return folder / f"ema_rank_{dist.rank():02d}.safetensors"
+        found: set[str] = set()
+        for path in paths:
+            with safe_open(path, framework="pt") as file:
+                self.updates = int(file.metadata()["updates"])
+                found |= set(file.keys())
+                for name in self.shadow.keys() & set(file.keys()):
+                    self.shadow[name].copy_(file.get_tensor(name))
+        if found != self.parameters.keys():
+            different = sorted(found ^ self.parameters.keys())
+            raise ValueError(f"{folder} averages other parameters than are trained now: {different[0]}, ...")
 
 
 def deal(sizes: dict[str, int], ranks: int) -> dict[str, int]:

@@ -18,15 +18,18 @@ FILE = "events.jsonl"
 
 
 class Events:
-    """``events.write("skipped_step", step=7, ...)``. Only rank 0's writes anything."""
+    """``events.write("skipped_step", step=7, ...)``. Only rank 0's writes anything; ``append`` is for any rank."""
 
     def __init__(self, run_dir: str | Path):
         self.path = Path(run_dir) / FILE
 
     def write(self, kind: str, **facts: Any) -> None:
         """Append ``{"time": seconds since 1970, "kind": kind, **facts}``; facts are JSON values."""
-        if not dist.is_main():
-            return
+        if dist.is_main():
+            self.append(kind, **facts)
+
+    def append(self, kind: str, **facts: Any) -> None:
+        """``write`` from a rank that alone knows, while rank 0 may be unable to."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":

@@ -6,22 +6,19 @@ import json
 import logging
 import math
 import os
-import resource
 import sys
 import time
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from cogvideox import dist
-
-_GIB = 2**30
+from cogvideox.engine.events import Events
+from cogvideox.engine.trackers import Trackers
 
 
 class _ConsoleHandler(logging.Handler):
@@ -45,10 +42,11 @@ def get_logger() -> logging.Logger:
 
 
 class Means:
-    """Running means of 0-d tensors on their device; ranks and devices are only waited for when they are read.
+    """Running means of tensors on their device; ranks and devices are only waited for when they are read.
 
-    Values that are not finite do not count: a skipped step leaves the mean of the others, and a metric that exists in
-    some steps only (the loss of a timestep band without a sample) may be NaN in the rest.
+    A 0-d tensor is one value, another one as many as it has elements (one for each clip of a batch). Values that are
+    not finite do not count: a skipped step leaves the mean of the others, and a metric that exists in some steps only
+    (the loss of a timestep band without a sample) may be NaN in the rest.
     """
 
     def __init__(self) -> None:
@@ -60,18 +58,23 @@ class Means:
             value = value.detach().float()
             finite = torch.isfinite(value)
             if name not in self._sums:
-                self._sums[name] = torch.zeros_like(value)
-                self._counts[name] = torch.zeros_like(value)
-            self._sums[name] += torch.where(finite, value, 0.0)
-            self._counts[name] += finite
+                self._sums[name] = value.new_zeros(())
+                self._counts[name] = value.new_zeros(())
+            self._sums[name] += torch.where(finite, value, 0.0).sum()
+            self._counts[name] += finite.sum()
 
     def state(self) -> dict[str, tuple[float, float]]:
         """Name -> (sum, count) of this rank; exact in JSON."""
         return {name: (self._sums[name].item(), self._counts[name].item()) for name in self._sums}
 
-    def load(self, state: Mapping[str, tuple[float, float]], device: torch.device) -> None:
-        self._sums = {name: torch.tensor(float(s), device=device) for name, (s, _) in state.items()}
-        self._counts = {name: torch.tensor(float(n), device=device) for name, (_, n) in state.items()}
+    def load(self, parts: Sequence[Mapping[str, tuple[float, float]]], device: torch.device) -> None:
+        """Go on from what ``state()`` said: one, or several of which this rank takes over all."""
+        self._sums.clear()
+        self._counts.clear()
+        for name, (total, count) in ((name, pair) for part in parts for name, pair in part.items()):
+            for kept, value in ((self._sums, total), (self._counts, count)):
+                value = torch.tensor(float(value), device=device)
+                kept[name] = kept[name] + value if name in kept else value
 
     def flush(self) -> dict[str, float | None]:
         """Means over everything added on all ranks since the last flush (every rank must call); None: no value."""
@@ -92,76 +95,27 @@ def combine(parts: list[dict[str, tuple[float, float]]]) -> dict[str, float | No
     return means
 
 
-class Stopwatch:
-    """Wall time per step since the last reading, apart the part spent waiting for data."""
-
-    def __init__(self) -> None:
-        self._seconds = self._data = 0.0
-        self._steps = 0
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds += time.perf_counter() - start
-        self._steps += 1
-
-    @contextmanager
-    def data(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._data += time.perf_counter() - start
-
-    def flush(self, samples_per_step: int) -> dict[str, float]:
-        steps, seconds, data = self._steps, self._seconds, self._data
-        self.__init__()
-        if not steps:
-            return {}
-        return {
-            "perf/step_s": seconds / steps,
-            "perf/data_s": data / steps,
-            "perf/samples_s": samples_per_step * steps / seconds,
-        }
-
-
-def memory(device: torch.device) -> dict[str, float]:
-    """Peak memory of this process in GiB: of the accelerator's allocator, or of the process on a CPU."""
-    if device.type == "cpu":
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-        return {"mem/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB}
-    module = torch.get_device_module(device)
-    return {
-        "mem/alloc_gib": module.max_memory_allocated(device) / _GIB,
-        "mem/reserved_gib": module.max_memory_reserved(device) / _GIB,
-    }
-
-
-class Tracker(Protocol):
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class RunLog:
     """``metrics.jsonl``, the console line, the bar and the trackers of one run. Only rank 0's writes anything."""
 
     def __init__(self, run_dir: Path, *, steps: int, start: int, trackers: list[str]):
-        """start: steps already done. Lines of ``metrics.jsonl`` after it are dropped: they will be made again. From 0
-        all are, the validation before the first step too."""
+        """start: steps already done, -1 for a new run. Lines of ``metrics.jsonl`` after it are dropped: they will be
+        made again, in a new run also that of step 0.
+        """
         self.path = run_dir / "metrics.jsonl"
-        self.steps, self.start, self.began = steps, start, time.perf_counter()
+        self.steps, self.start, self.began = steps, max(start, 0), time.perf_counter()
         self.logger = get_logger()
-        self._trackers: list[Tracker] = []
+        self._trackers: Trackers | None = None
         self._file = None
         if dist.is_main():
             run_dir.mkdir(parents=True, exist_ok=True)
-            truncate(self.path, start or -1)
-            self._trackers = [_TRACKERS[name](run_dir) for name in trackers]
+            truncate(self.path, start)
+            self._trackers = Trackers(trackers, run_dir, Events(run_dir))
             self._file = open(self.path, "a")
         # disable=None: no bar where stderr is not a terminal; the console lines carry the time left there.
         self._bar = tqdm(
             total=steps,
-            initial=start,
+            initial=self.start,
             unit="step",
             dynamic_ncols=True,
             disable=None if dist.is_main() else True,
@@ -178,18 +132,18 @@ class RunLog:
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
         self._file.flush()
         self.logger.info(console_line(step, self.steps, clean, self._seconds_left(step)))
-        for tracker in self._trackers:
-            tracker.log(step, {k: v for k, v in clean.items() if v is not None})
+        self._trackers.log(step, {k: v for k, v in clean.items() if v is not None})
 
     def sync(self) -> None:
         """Before a checkpoint of this step is published: its lines reach the disk first."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def close(self, tracker_seconds: float = 60.0) -> None:
+        """tracker_seconds: how long each tracker may take to send what it still has."""
         self._bar.close()
-        for tracker in self._trackers:
-            tracker.close()
+        if self._trackers is not None:
+            self._trackers.close(tracker_seconds)
         if self._file is not None:
             self._file.close()
 
@@ -202,7 +156,7 @@ class RunLog:
 def console_line(
     step: int, steps: int, record: Mapping[str, float | None], seconds_left: float | None
 ) -> str:
-    """``step  120/1800  loss 0.1234  grad 0.56  lr 1.0e-04  0.181 s/step  data 0.002 s  3.2 GiB  left 0:05:12``"""
+    """``step  120/1800  loss 0.1234  grad 0.56  lr 1.0e-04  0.181 s/step  data 0.002 s    9600 tok/s  left 0:05:12``"""
     columns = (
         ("train/loss", "loss {:.4f}"),
         ("val/loss", "val {:.4f}"),
@@ -215,6 +169,8 @@ def console_line(
         ("preview/motion", "motion {:.4f}"),
         ("perf/step_s", "{:.3f} s/step"),
         ("perf/data_s", "data {:.3f} s"),
+        ("perf/tokens_s", "{:6.0f} tok/s"),
+        ("perf/mfu", "MFU {:5.1%}"),
         ("mem/rss_gib", "{:.1f} GiB"),
         ("mem/alloc_gib", "{:.1f} GiB"),
     )
@@ -265,54 +221,3 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     lines = path.read_text().split("\n")
     for line in lines[:-1]:  # what follows the last newline was cut short
         yield line, json.loads(line)
-
-
-class WandbTracker:
-    """wandb, online or offline (WANDB_MODE=offline); the run goes on under its id after a resume."""
-
-    def __init__(self, run_dir: Path):
-        import wandb
-
-        id_file = run_dir / "wandb_id"
-        run_id = id_file.read_text().strip() if id_file.is_file() else uuid.uuid4().hex[:8]
-        id_file.write_text(run_id)
-        try:
-            self.run = wandb.init(
-                project="cogvideox", name=run_dir.name, id=run_id, resume="allow", dir=str(run_dir)
-            )
-        except wandb.errors.UsageError as error:
-            raise ValueError(
-                f"train.trackers has wandb, which cannot start: {error}; run `wandb login`, or set WANDB_MODE=offline"
-            ) from error
-        # Steps that a resumed run makes again overwrite in the plots instead of being refused.
-        self.run.define_metric("*", step_metric="step")
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.run.log({"step": step, **metrics})
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class TensorBoardTracker:
-    def __init__(self, run_dir: Path):
-        from tensorboardX import SummaryWriter
-
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-_TRACKERS = {"wandb": WandbTracker, "tensorboard": TensorBoardTracker}
-
-
-def check_trackers(names: list[str]) -> None:
-    """ValueError for a tracker that does not exist."""
-    for name in names:
-        if name not in _TRACKERS:
-            raise ValueError(f"train.trackers has {name!r}: expected any of {', '.join(_TRACKERS)}")

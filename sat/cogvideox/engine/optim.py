@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cogvideox import dist
 from cogvideox.build import factory
-from cogvideox.config import Part, TrainConfig
+from cogvideox.config import GroupConfig, Part, TrainConfig
+from cogvideox.engine.groups import parameter_groups, split_by_blocks
+from cogvideox.engine.logging import get_logger
+from cogvideox.engine.pieces import PIECE_ELEMENTS, cut_groups
+from cogvideox.engine.profile import check_profile
+from cogvideox.optimizer_names import check_zero, known_optimizer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = ("constant", "cosine", "linear")
@@ -19,7 +25,9 @@ SCHEDULES = ("constant", "cosine", "linear")
 _ADAM_FAMILY = ("sat.ops.FusedEmaAdam", "FusedEmaAdam", "AdamW", "Adam", "FusedAdam")
 # SAT's published files write these beside fp16 instead of inside, where DeepSpeed never sees them.
 _LOSS_SCALE_KEYS = ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
-_LARGEST_BUCKET = 500_000_000  # elements, DeepSpeed's default
+# Elements, 200 MB in bf16: links are at their rate long before. With DeepSpeed's own 500 million the buffers (three, as
+# one is filled while another is reduced) take 3 GB.
+_LARGEST_BUCKET = 100_000_000
 
 
 def check_train_config(config: TrainConfig, device: torch.device) -> None:
@@ -45,32 +53,69 @@ def check_train_config(config: TrainConfig, device: torch.device) -> None:
         "validate_every": 1,
         "preview_every": 1,
         "keep_checkpoints": 1,
+        "keep_every": 1,
+        "global_batch_size": 1,
         "max_nonfinite_steps": 1,
     }.items():
         value = getattr(config, key)
         if value is not None and value < least:
             raise ValueError(f"train.{key}={value}: expected at least {least}")
+    check_profile(config.profile_steps, config.profile_ranks, config.steps, dist.world_size())
 
 
 def build_optimizer(
-    module: nn.Module, part: Part, decay_norms_and_biases: bool = False
+    module: nn.Module,
+    part: Part,
+    decay_norms_and_biases: bool = False,
+    rules: Sequence[GroupConfig] = (),
 ) -> torch.optim.Optimizer:
-    """The optimizer of ``part`` over the trainable parameters of ``module``.
+    """The optimizer of ``part`` over the trainable parameters of ``module``, in groups (``engine.groups``).
 
-    Weight decay is for matrices: norms' gains and all biases (parameters of fewer than two dimensions) go without,
-    unless ``decay_norms_and_biases``; pulling a norm's gain to 0 does not regularise, it shrinks the layer's output.
+    Weight decay is for matrices: norms' gains and all biases go without, unless ``decay_norms_and_biases`` or a rule.
     """
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("nothing to train: every parameter of the model is frozen")
-    if decay_norms_and_biases:
-        groups: list[dict[str, Any]] = [{"params": trainable}]
-    else:
-        groups = [
-            {"params": [p for p in trainable if p.ndim >= 2]},
-            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-        ]
-    return factory(part, params=[group for group in groups if group["params"]])()
+    # YAML 1.1 readers hand over 1e-4 as a string.
+    lr = float(part.params["lr"]) if "lr" in part.params else None
+    groups, lines = parameter_groups(trainable, rules, lr, decay_norms_and_biases)
+    for line in lines:
+        get_logger().info("%s", line)
+    block = part.params.get("block_size", known_optimizer(part.target).block)
+    if block > 1:
+        groups = split_by_blocks(groups, block * dist.world_size())
+    groups = cut_groups(groups)
+    bound = factory(part, params=groups)
+    if not getattr(bound.func, "needs_names", False):
+        for group in groups:
+            del group["names"]
+    return bound()
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Iterable[float]) -> None:
+    """One for each group. Those of torchao hold theirs as a tensor, which must stay the same one."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def kept_in_full(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """(numbers whose state torchao keeps in 32 bits, all numbers that this rank updates).
+
+    torchao's low-bit states come in blocks: a tensor that they do not divide, or a small one, has none. Under ZeRO the
+    tensors are a rank's slices of whole groups. Call it once DeepSpeed has made them.
+    """
+    block = getattr(optimizer, "block_size", None)
+    sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
+    if block is None or not type(optimizer).__module__.startswith("torchao"):
+        return 0, sum(sizes)
+    return sum(n for n in sizes if n < 4096 or n % block), sum(sizes)
 
 
 def learning_rate_factor(
@@ -122,6 +167,7 @@ def deepspeed_config(
             "reduce_scatter": True,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            "sub_group_size": PIECE_ELEMENTS,  # what a piece is to ZeRO-1 and 2, for ZeRO-3
         },
         # Any torch optimizer is taken as it is, also with its state offloaded to the CPU.
         "zero_allow_untested_optimizer": True,
@@ -142,6 +188,7 @@ def deepspeed_config(
     stage = merged["zero_optimization"]["stage"]
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"deepspeed.zero_optimization.stage={stage!r}: expected 0, 1, 2 or 3")
+    check_zero(config.optimizer.target, merged["zero_optimization"])
     if trainer_checks_gradients(stage, config.precision):
         merged["gradient_clipping"] = 0.0  # done by clip_or_drop_gradients
     return merged

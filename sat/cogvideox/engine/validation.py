@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,9 @@ class HeldOutLoss:
                 "validation has no batches: data.validation_path holds fewer clips than one batch"
             )
         self.batches, self.seed = batches, seed
+        self.pulse: Callable[[], None] = lambda: (
+            None
+        )  # called between batches; the trainer's, while it trains
 
     def __call__(self, module: nn.Module) -> dict[str, float | None]:
         """Every rank must call, with ``module(batch, rng) -> (loss, metrics)``."""
@@ -61,5 +64,6 @@ class HeldOutLoss:
                     means = Means()
                     means.add({"val/loss": loss, **{f"val/{name}": value for name, value in metrics.items()}})
                     results[index] = means.state()
+                self.pulse()
         gathered = {index: state for part in dist.gather(results) for index, state in part.items()}
         return combine([gathered[index] for index in sorted(gathered)])

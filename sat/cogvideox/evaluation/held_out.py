@@ -35,6 +35,7 @@ class FixedNoiseLosses:
     def __init__(self, grid: TimestepGrid, seed: int, at_once: int = 1):
         """at_once: timesteps in one forward pass, a matter of memory."""
         self.grid, self.seed, self.at_once = grid, seed, at_once
+        self.pulse: Callable[[], None] = lambda: None  # called between clips; the trainer's, while it trains
 
     def __call__(self, module: nn.Module, clips: FixedClips) -> np.ndarray:
         """(clips, timesteps) float64, on every rank; every rank must call.
@@ -54,6 +55,7 @@ class FixedNoiseLosses:
                 losses = module.losses_at(batch, self.grid.timesteps, rng.local, self.at_once)
                 if first + rank < count:
                     results[place] = losses.double().tolist()
+                self.pulse()
         gathered = {place: row for part in dist.gather(results) for place, row in part.items()}
         return np.array([gathered[place] for place in range(count)])
 
@@ -73,7 +75,16 @@ class HeldOutValidation:
     def __init__(self, losses: FixedNoiseLosses, held_out: FixedClips, training: FixedClips | None):
         self.losses, self.held_out, self.training = losses, held_out, training
         self._start: np.ndarray | None = None
+        self._now: list[float] | None = None
         self._is_resumed = False
+
+    @property
+    def pulse(self) -> Callable[[], None]:
+        return self.losses.pulse
+
+    @pulse.setter
+    def pulse(self, pulse: Callable[[], None]) -> None:
+        self.losses.pulse = pulse
 
     def __call__(self, module: nn.Module) -> dict[str, float | None]:
         """Every rank must call."""
@@ -82,6 +93,7 @@ class HeldOutValidation:
         now = grid.mean(losses)
         if self._start is None and not self._is_resumed:
             self._start = now
+        self._now = now.tolist()
         metrics: dict[str, float | None] = loss_metrics(grid, losses, "val/loss")
         if self._start is not None:
             difference = paired_difference(self._start, now[: len(self._start)])
@@ -92,11 +104,13 @@ class HeldOutValidation:
         return metrics
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: the losses of step 0 by clip, and what they are of. JSON values, exact."""
+        """For a checkpoint: the losses of step 0 by clip, those of the last call, and what they are of. JSON values,
+        exact."""
         if self._start is None:
-            return self._fits() | {"start": None}
-        fits = self._fits()
-        return fits | {"clips": fits["clips"][: len(self._start)], "start": self._start.tolist()}
+            return self._fits() | {"start": None, "now": self._now}
+        fits, count = self._fits(), len(self._start)
+        now = None if self._now is None else self._now[:count]
+        return fits | {"clips": fits["clips"][:count], "start": self._start.tolist(), "now": now}
 
     def load(self, state: dict[str, Any] | None) -> None:
         """Take up ``state`` of the checkpoint that is resumed; None where it has none.
@@ -113,6 +127,7 @@ class HeldOutValidation:
             reason = "other clips than then"
         else:
             self._start = np.array(before["start"][:count])
+            self._now = before["now"] and before["now"][:count]
             if count < max(len(before["clips"]), len(now["clips"])):
                 logger.warning(
                     "val/delta, the change since step 0, is of %d clips from here on: there were %d then, and are %d "

@@ -40,6 +40,7 @@ class ExpertTransformer(BaseModel):
     arguments which their signature names (``grid`` and ``head_dim`` too, see ``geometry``).
     ``num_frames`` counts pixel frames, ``latent_height`` and ``latent_width`` latents: the configured size, which
     limits only learned position tables. ``ofs_embed_dim``: the network has an ``ofs`` input (1.5-I2V) of that width.
+    ``checkpoint_activations``: see recompute.py; false or none, products, selective, true or full, or a whole number.
     ``device="meta"`` allocates nothing; ``skip_init`` leaves the trunk's weights unset, for a checkpoint to fill.
     """
 
@@ -66,7 +67,7 @@ class ExpertTransformer(BaseModel):
         final_layer: BaseMixin | Callable[..., BaseMixin],
         ofs_embed_dim: int | None = None,
         temporal_compression: int = 4,
-        checkpoint_activations: bool = False,
+        checkpoint_activations: Any = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         skip_init: bool = False,

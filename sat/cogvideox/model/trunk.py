@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cogvideox.model.attention import SelfAttention
+from cogvideox.model.checkpointing import Checkpointing
 
 
 class MLP(nn.Module):
@@ -71,14 +71,15 @@ class Trunk(nn.Module):
     """What ``BaseModel`` calls ``transformer``: embed, the layers, the last layer norm, and out.
 
     ``hooks`` maps SAT's hook names to the mixins' methods; every module of the trunk holds the same dictionary.
+    ``checkpoint_activations``: what each layer keeps for the backward pass, see recompute.py.
     """
 
     def __init__(
-        self, num_layers: int, hidden_size: int, num_attention_heads: int, checkpoint_activations: bool
+        self, num_layers: int, hidden_size: int, num_attention_heads: int, checkpoint_activations: Any = False
     ):
         super().__init__()
         self.hooks: dict[str, Callable] = {}  # filled by BaseModel.forward
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpointing = Checkpointing(checkpoint_activations)
         self.layers = nn.ModuleList(
             TransformerLayer(i, hidden_size, num_attention_heads, self.hooks) for i in range(num_layers)
         )
@@ -116,11 +117,6 @@ class Trunk(nn.Module):
                 hidden_states = hidden_states + position.to(hidden_states.dtype)
                 del position  # float32 and as large as the tokens: not for the length of the forward pass
         kw_args |= cross_layer
-        for layer in self.layers:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                hidden_states = checkpoint(
-                    layer, hidden_states, attention_mask, use_reentrant=False, **kw_args
-                )
-            else:
-                hidden_states = layer(hidden_states, attention_mask, **kw_args)
+        for index, layer in enumerate(self.layers):
+            hidden_states = self.checkpointing.run(index, layer, hidden_states, attention_mask, **kw_args)
         return self.hooks["final_forward"](self.final_layernorm(hidden_states), **kw_args)

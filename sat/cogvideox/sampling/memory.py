@@ -11,7 +11,6 @@ savings are taken only where they are asked for: ``sample.quantize``, and tiles 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from cogvideox.config import Config
-from cogvideox.sampling.memory_needs import CHUNK_ROWS, LADDER, Savings, stage_bytes
+from cogvideox.model.quantize import check_method, quantize
+from cogvideox.planning.sampling import CHUNK_ROWS, LADDER, NAMES, Savings, savings_for, stage_bytes
 from cogvideox.sampling.offload import LayerOffload, Turns, WholeOffload, move_rest, repeated_layers
-from cogvideox.sampling.quantize import check_method, quantize
 from cogvideox.system import VideoDiffusion
 
 logger = logging.getLogger("cogvideox")
-
-NAMES = ("fast", "balanced", "small")
 
 
 @dataclass(frozen=True)
@@ -61,14 +58,11 @@ def choose_memory(config: Config, memory: str | None = None, device: torch.devic
     memory = sample.memory if memory is None else memory
     if sample.quantize is not None:
         check_method(sample.quantize)
+    savings = savings_for(config, memory)
     plans = [_plan(config, memory, savings) for savings in LADDER]
-    if memory in NAMES:
-        chosen = next(plan for plan in plans if plan.savings.name == memory)
-    else:
-        limit = _limit(memory)
-        chosen = next((plan for plan in plans if plan.peak <= limit), None)
-        if chosen is None:
-            raise ValueError(_too_little(config, memory, plans[-1]))
+    if savings is None:
+        raise ValueError(_too_little(config, memory, plans[-1]))
+    chosen = plans[LADDER.index(savings)]
     if (sample.quantize or "").startswith("torchao") and chosen.savings.transformer != "resident":
         own = sample.quantize.removeprefix("torchao_")
         raise ValueError(
@@ -193,15 +187,6 @@ def _plan(config: Config, memory: str, savings: Savings) -> Plan:
     sample = config.sample
     peaks = stage_bytes(config, savings, sample.quantize)
     return Plan(memory, savings, sample.quantize, sample.quantize_report, peaks)
-
-
-def _limit(memory: str) -> float:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*GiB\s*", str(memory))
-    if not match or not float(match[1]):
-        raise ValueError(
-            f"sample.memory={memory!r}: expected fast, balanced, small, or a size such as '12 GiB'"
-        )
-    return float(match[1]) * 2**30
 
 
 def _too_little(config: Config, memory: str, least: Plan) -> str:

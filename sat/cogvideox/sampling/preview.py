@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class Previews:
     def __init__(self, requests: list[Request], config: Config, run_dir: str | Path):
         self.requests, self.config, self.run_dir = requests, config, Path(run_dir)
         self._conditions: dict[int, Prepared] = {}
+        # Called after every denoising step, and with done=True after every prompt; the trainer's, while it trains.
+        self.pulse: Callable[..., None] = lambda done=False: None
         self.base: list[dict[str, Any]] | None = None
 
     def go_on_from(self, record: dict[str, Any]) -> None:
@@ -73,6 +76,7 @@ class Previews:
                         rendered[index] = self._write(system, sampled, index, step, start)
                 except (RuntimeError, ValueError, OSError, FloatingPointError) as error:
                     failed[index] = str(error) or repr(error)
+                self.pulse(done=True)
         gathered = dist.gather((rendered, failed))
         for index, reason in sorted({i: r for _, part in gathered for i, r in part.items()}.items()):
             logger.warning("preview %d of step %d failed, the training goes on: %s", index, step, reason)
@@ -124,7 +128,7 @@ class Previews:
         condition = self._conditions.get(index) or prepare(system, batch)
         if next(system.conditioner.parameters(), None) is None:  # a trained encoder changes with every step
             self._conditions[index] = condition
-        return denoise(system, batch, condition), start
+        return denoise(system, batch, condition, lambda _: self.pulse()), start
 
     def _write(
         self, system: VideoDiffusion, sampled: Sampled, index: int, step: int, start: float

@@ -28,7 +28,7 @@ from cogvideox.weights.reader import WeightsReader
 
 logger = logging.getLogger("cogvideox")
 
-_MATRIX = re.compile(r"(?:^|\.)transformer\.layers\.\d+\..+\.matrix_[AB]\.\d+$")
+_MATRIX = re.compile(r"\.(matrix_[AB]\.\d+|magnitude_gain)$")
 _CONFIG_KEYS = (
     "num_layers", "hidden_size", "num_attention_heads", "patch_size", "in_channels", "out_channels", "time_embed_dim",
     "text_hidden_size", "ofs_embed_dim",

@@ -19,10 +19,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cogvideox.patterns import value_of
 from cogvideox.weights import provenance
 from cogvideox.weights.files.headers import Headers, scalars
 from cogvideox.weights.files.locate import Source
-from cogvideox.weights.lora.formats import LoraNames
+from cogvideox.weights.lora.formats import LoraNames, sat_layer
 
 Ranks = Mapping[str, int]
 Found = tuple[dict[str, float], str]
@@ -170,13 +171,11 @@ def from_yaml(folder: Path, is_checkpoint: bool, ranks: Ranks) -> Found | None:
     for path in (directory / "config.yaml" for directory in above):
         section = next((d["lora"] for d in _documents(path) if isinstance(d, dict) and d.get("lora")), None)
         if section is not None:
-            _check_rank(path, section.get("rank"), ranks)
-            alpha = section.get("alpha")
-            return _of_yaml(1.0 if alpha is None else float(alpha), path, ranks)
+            return _of_section(section, path, ranks)
     found: dict[float, Path] = {}
     for path in (path for directory in above[:2] for path in sorted(directory.glob("*.yaml"))):
         for params in _sat_sections(_documents(path)):
-            _check_rank(path, params.get("r"), ranks)
+            _check_ranks(path, dict.fromkeys(ranks, params.get("r")), ranks)
             found.setdefault(float(params.get("lora_alpha", 1)), path)
     if len(found) > 1:
         raise ValueError(f"alpha is {' or '.join(f'{a:g} ({p})' for a, p in found.items())}: give alpha")
@@ -192,11 +191,26 @@ def _of_yaml(alpha: float, path: Path, ranks: Ranks) -> Found:
     return scales_of(dict.fromkeys(ranks, alpha), ranks), f"{alpha:g} from {path}"
 
 
-def _check_rank(path: Path, stated: int | None, ranks: Ranks) -> None:
-    if stated is not None and set(ranks.values()) != {stated}:
-        have = ", ".join(map(str, sorted(set(ranks.values()))))
+def _of_section(section: Mapping[str, Any], path: Path, ranks: Ranks) -> Found:
+    """By the section ``lora`` of a run of ours, whose patterns are for SAT's layers."""
+    layers = {module: sat_layer(module)[0] for module in ranks}
+    alpha = 1.0 if section.get("alpha") is None else float(section["alpha"])
+    alphas, stated = section.get("alpha_pattern") or {}, section.get("rank_pattern") or {}
+    _check_ranks(path, {m: value_of(stated, layers[m], section.get("rank")) for m in ranks}, ranks)
+    scales = scales_of({m: float(value_of(alphas, layers[m], alpha)) for m in ranks}, ranks)
+    kind = ""
+    if section.get("rslora"):
+        scales, kind = {m: s * math.sqrt(ranks[m]) for m, s in scales.items()}, " (rsLoRA)"
+    # The alpha that is shown is the file's own, not scale * rank.
+    shown = "differing by module" if alphas else f"{alpha:g}"
+    return scales, f"{shown} from {path}{kind}"
+
+
+def _check_ranks(path: Path, stated: Mapping[str, int | None], ranks: Ranks) -> None:
+    if wrong := [module for module in ranks if stated[module] not in (None, ranks[module])]:
+        have = ", ".join(map(str, sorted({ranks[module] for module in wrong})))
         raise ValueError(
-            f"{path} says LoRA rank {stated}, the matrices have {have}: is it of another run? Give alpha"
+            f"{path} says LoRA rank {stated[wrong[0]]}, the matrices have {have}: is it of another run? Give alpha"
         )
 
 

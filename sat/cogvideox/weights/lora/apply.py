@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from cogvideox.weights.fill import LoadReport
 from cogvideox.weights.geometry import shapes_of, transformer_geometry
 from cogvideox.weights.lora.file import LoraFile, read_lora
+from cogvideox.weights.lora.formats import sat_layer
 from cogvideox.weights.lora.low_rank import Lora, add_to, combine, place
 from cogvideox.weights.variants import variants_with
 
@@ -78,78 +81,92 @@ def add_to_network(net: nn.Module, lora: Lora) -> None:
 def adapter_matrices(lora: Lora) -> Matrices:
     """The updates by SAT's linear layers, scales folded into ``up``.
 
-    ValueError for an update of something else than a linear layer inside a transformer layer.
+    ValueError for a DoRA, which is no update.
     """
     result: Matrices = {}
     for module, part in lora.items():
-        where = place(module, "SAT")
-        layer = where.weight.removesuffix(".weight")
-        if not layer.startswith("transformer.layers."):
+        if part.gain is not None:
             raise ValueError(
-                f"LoRA for {module}: it is no linear layer inside a transformer layer, so its update can only be "
-                f"merged into the weights: set sample.merge_lora=true"
+                f"DoRA for {module}: it changes the length of the weights' rows and can only be merged into them: set "
+                f"sample.merge_lora=true"
             )
-        pairs = result.setdefault(layer, [None] * where.count)
-        pairs[where.chunks[0]] = (part.down, part.up if part.scale == 1 else part.scale * part.up.float())
+        layer, index = sat_layer(module)
+        pairs = result.setdefault(layer, [None] * _parts(module))
+        pairs[index] = (part.down, part.up if part.scale == 1 else part.scale * part.up.float())
     return result
 
 
-@torch.no_grad()
-def start_adapters(net: nn.Module, file: LoraFile, strength: float, scale: float) -> LoadReport:
-    """Copy a LoRA into the injected adapters of ``net``: the same layers, the same rank.
+def _parts(module: str) -> int:
+    """Into how many parts the layer of ``module`` is divided among modules: 3 (q, k, v), 2 (norm1, norm2) or 1."""
+    where = place(module, "SAT")
+    return where.count // len(where.chunks)
 
-    scale: the network's own alpha / rank, by which it multiplies. The file's scale times ``strength``, divided by it,
+
+@torch.no_grad()
+def start_adapters(
+    net: nn.Module, file: LoraFile, strength: float, scales: Mapping[str, float]
+) -> LoadReport:
+    """Copy a LoRA into the injected adapters of ``net``: the same layers, the same ranks.
+
+    scales: by what the network's own layers multiply their updates. The file's scale times ``strength``, divided by it,
     goes into B, so that the update is the file's.
     """
     targets = net.state_dict(keep_vars=True)
-    wanted: dict[str, int] = {}
-    for name in targets:
-        if match := re.fullmatch(r"(.+)\.matrix_A\.\d+", name):
-            wanted[match[1]] = wanted.get(match[1], 0) + 1
-    rank = next(targets[f"{layer}.matrix_A.0"].shape[0] for layer in wanted)
-    if file.ranks != [rank]:
-        one = len(file.ranks) == 1
-        advice = (
-            f"use lora.rank={file.ranks[0]}"
-            if one
-            else "adapters have one rank: merge it into the base weights"
-        )
+    has_gain = any(name.endswith(".magnitude_gain") for name in targets)
+    if (file.method == "DoRA") != has_gain or (has_gain and strength != 1):
         raise ValueError(
-            f"load.lora={file.path}: its LoRA has rank {_shown(file.ranks)}, your config lora.rank={rank}: {advice}"
+            f"load.lora={file.path}: it is a {file.method}, your config has lora.dora={str(has_gain).lower()} and "
+            f"strength {strength:g}: a DoRA starts from a DoRA of strength 1 and a LoRA from a LoRA; or merge it into "
+            f"the base weights"
         )
-    matrices = _same_layers(file, wanted)
+    _check_ranks(file, targets)
+    matrices = _same_layers(file, scales)
     factors = set()
     for module, part in file.modules.items():
-        where = place(module, "SAT")
-        layer = where.weight.removesuffix(".weight")
-        factor = part.scale * strength / scale
+        layer, index = sat_layer(module)
+        factor = part.scale * strength / scales[layer]
         factors.add(factor)
-        targets[f"{layer}.matrix_A.{where.chunks[0]}"].copy_(part.down)
+        targets[f"{layer}.matrix_A.{index}"].copy_(part.down)
         up = (
             part.up if factor == 1 else factor * part.up.to(torch.promote_types(part.up.dtype, torch.float32))
         )
-        targets[f"{layer}.matrix_B.{where.chunks[0]}"].copy_(up)
+        targets[f"{layer}.matrix_B.{index}"].copy_(up)
+        if part.gain is not None:
+            where = place(module, "SAT")
+            rows = targets[f"{layer}.magnitude_gain"].chunk(where.count)
+            for number, gain in zip(where.chunks, part.gain.chunk(len(where.chunks)), strict=True):
+                rows[number].copy_(gain)
     report = _report(file, strength, f"starts the adapters of {len(matrices)} layers")
     if factors != {1.0}:
         shown = ", ".join(f"{factor:g}" for factor in sorted(factors)[:3])
-        report.notes.append(f"B times {shown}, for the network's own alpha / rank = {scale:g}")
+        own = ", ".join(f"{scale:g}" for scale in sorted(set(scales.values()))[:3])
+        report.notes.append(f"B times {shown}, for the network's own alpha / rank = {own}")
     logger.info("%s", report)
     return report
 
 
-def _same_layers(file: LoraFile, wanted: dict[str, int]) -> Matrices:
-    try:
-        matrices = adapter_matrices(file.modules)
-    except ValueError as error:
-        raise ValueError(
-            f"load.lora={file.path}: {str(error).partition(', so')[0]}, and adapters are nothing else: merge it into "
-            f"the base weights and train on those"
-        ) from error
+def _check_ranks(file: LoraFile, targets: Mapping[str, Tensor]) -> None:
+    """ValueError where a layer of both has another rank in the file."""
+    for module, part in file.modules.items():
+        layer, index = sat_layer(module)
+        own = targets.get(f"{layer}.matrix_A.{index}")
+        if own is not None and len(own) != part.rank:
+            one = len(file.ranks) == 1
+            advice = f"use lora.rank={file.ranks[0]}" if one else "use the lora.rank_pattern of its run"
+            raise ValueError(
+                f"load.lora={file.path}: its LoRA has rank {_shown(file.ranks)}, your config lora.rank={len(own)} for "
+                f"{layer}: {advice}, or merge it into the base weights"
+            )
+
+
+def _same_layers(file: LoraFile, wanted: Mapping[str, Any]) -> Matrices:
+    plain = {module: replace(part, gain=None) for module, part in file.modules.items()}
+    matrices = adapter_matrices(plain)
     hollow = [layer for layer, pairs in matrices.items() if None in pairs]
     if hollow:
         raise ValueError(
-            f"load.lora={file.path}: it has no update for a part of {hollow[0]} (q, k, v), and adapters have all "
-            f"three: merge it into the base weights and train on those"
+            f"load.lora={file.path}: it has no update for a part of {hollow[0]} (q, k, v; norm1, norm2), and adapters "
+            f"have all: merge it into the base weights and train on those"
         )
     if matrices.keys() != wanted.keys():
         raise ValueError(
@@ -161,8 +178,19 @@ def _same_layers(file: LoraFile, wanted: dict[str, int]) -> Matrices:
 
 def _layers(names: Mapping[str, object]) -> str:
     """``query_key_value, dense in layers 0-41``: what lora.layers and lora.transformer_layers say."""
-    numbers = sorted({int(re.match(r"transformer\.layers\.(\d+)\.", name)[1]) for name in names})
-    kinds = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    found = {
+        name: re.match(r"(?:transformer\.layers|.+\.adaLN_modulations)\.(\d+)\.", name) for name in names
+    }
+    numbers = sorted({int(match[1]) for match in found.values() if match})
+    # Of adaLN_modulations.7.1 and time_embed.0 the number alone says nothing.
+    kinds = dict.fromkeys(
+        re.sub(r"(adaLN_modulations)\.\d+", r"\1.*", ".".join(name.split(".")[-3:]))
+        if name[-1].isdigit() or not found[name]
+        else name.rpartition(".")[2]
+        for name in names
+    )
+    if not numbers:
+        return ", ".join(kinds)
     together = numbers == list(range(numbers[0], numbers[-1] + 1))
     return f"{', '.join(kinds)} in layers {f'{numbers[0]}-{numbers[-1]}' if together else numbers}"
 
@@ -176,7 +204,7 @@ def applied(loras: Sequence[tuple[LoraFile, float]], how: str) -> tuple[Lora, li
 
 
 def _report(file: LoraFile, strength: float, how: str) -> LoadReport:
-    source = f"{file.path} ({file.format} LoRA, rank {_shown(file.ranks)})"
+    source = f"{file.path} ({file.format} {file.method}, rank {_shown(file.ranks)})"
     dtype = str(next(iter(file.modules.values())).down.dtype).removeprefix("torch.")
     report = LoadReport(source, file.tensors, dtype, used_ema=False)
     report.notes = [f"alpha {file.alpha_source}", f"strength {strength:g}", how]

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cogvideox.weights import provenance
 from cogvideox.weights.geometry import lora_width
 from cogvideox.weights.lora import alpha as lora_alpha
-from cogvideox.weights.lora.formats import parse
-from cogvideox.weights.lora.low_rank import Lora, LowRank
+from cogvideox.weights.lora.formats import LoraNames, parse
+from cogvideox.weights.lora.low_rank import Lora, LowRank, place
 from cogvideox.weights.reader import WeightsReader
 
 
@@ -37,6 +38,10 @@ class LoraFile:
     def ranks(self) -> list[int]:
         """Every rank that occurs, ascending."""
         return sorted({part.rank for part in self.modules.values()})
+
+    @property
+    def method(self) -> str:
+        return "DoRA" if any(part.gain is not None for part in self.modules.values()) else "LoRA"
 
     @property
     def num_layers(self) -> int:
@@ -79,13 +84,22 @@ def read_lora(path: str | Path, *, alpha: float | None = None, ema: bool = True)
         raise ValueError(f"{path}: {error}") from error
     return LoraFile(
         path=Path(path),
-        modules={module: LowRank(*pair, scales[module]) for module, pair in modules.items()},
+        modules={m: LowRank(*pair, scales[m], _gain(reader, names, m)) for m, pair in modules.items()},
         format=names.format,
         alpha=lora_alpha.common_alpha(scales, ranks),
         alpha_source=alpha_source,
         provenance=provenance.read(headers.metadata, source.folder),
         files=(*source.files, *(source.ema_files if reader.used_ema else ())),
     )
+
+
+def _gain(reader: WeightsReader, names: LoraNames, module: str) -> Tensor | None:
+    """The module's rows of its layer's gains."""
+    if module not in names.gain:
+        return None
+    where = place(module, "SAT")
+    chunks = reader.tensor(names.gain[module]).chunk(where.count)
+    return torch.cat([chunks[number] for number in where.chunks])
 
 
 def _rank(module: str, down: Tensor, up: Tensor) -> int:

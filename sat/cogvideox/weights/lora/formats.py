@@ -2,7 +2,9 @@
 
 A module has one canonical name, diffusers' path in the transformer without a prefix (see low_rank.py). The formats:
 
-- SAT, and runs of this project: ``...query_key_value.matrix_A.i``; q, k, v are the parts 0, 1, 2 of one layer.
+- SAT, and runs of this project: ``...query_key_value.matrix_A.i``; q, k, v are the parts 0, 1, 2 of one layer, norm1
+  and norm2 those of ``adaLN_modulations.N.1``. SAT itself adapts the layers inside ``transformer.layers`` alone. Beside
+  them a DoRA of this project has ``.magnitude_gain``, one number for each row of the layer.
 - diffusers: ``transformer.PATH.lora_A.weight``. PEFT puts ``base_model.model.`` in front and may put an adapter's name
   behind ``lora_A``; before PEFT it was ``PATH.processor.to_q_lora.down.weight``.
 - kohya (sd-scripts, VideoX-Fun): ``lora_unet_PATH_WITH_UNDERSCORES.lora_down.weight`` and ``.alpha``; VideoX-Fun writes
@@ -18,21 +20,23 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from cogvideox.weights.transformer_keys import RENAMED, SPLIT
+
 FORMATS = ("SAT", "diffusers", "kohya", "ComfyUI")
 BY_OPTION = {name.lower(): name for name in FORMATS}
 """As the command line spells them."""
 
 _BLOCK = {
-    "attn1.to_q": ("q", ("attention.query_key_value", 0)),
-    "attn1.to_k": ("k", ("attention.query_key_value", 1)),
-    "attn1.to_v": ("v", ("attention.query_key_value", 2)),
-    "attn1.to_out.0": ("attn_out", ("attention.dense", 0)),
-    "ff.net.0.proj": ("ff_proj", ("mlp.dense_h_to_4h", 0)),
-    "ff.net.2": ("ff_out", ("mlp.dense_4h_to_h", 0)),
-    "norm1.linear": ("norm1.linear", None),
-    "norm2.linear": ("norm2.linear", None),
+    "attn1.to_q": "q",
+    "attn1.to_k": "k",
+    "attn1.to_v": "v",
+    "attn1.to_out.0": "attn_out",
+    "ff.net.0.proj": "ff_proj",
+    "ff.net.2": "ff_out",
+    "norm1.linear": "norm1.linear",
+    "norm2.linear": "norm2.linear",
 }
-"""Linear layers of a block under diffusers' names -> (ComfyUI's name, SAT's layer and part). SAT adapts no other."""
+"""Linear layers of a block under diffusers' names -> ComfyUI's."""
 
 _OUTSIDE = {
     "patch_embed.proj": "patch_embed.proj",  # linear in 1.5 only; merging refuses the convolution of 1.0
@@ -46,17 +50,30 @@ _OUTSIDE = {
 }
 """Linear layers outside of the blocks: diffusers' name -> ComfyUI's."""
 
-_COMFYUI = {
-    f"transformer_blocks.{{}}.{name}": f"blocks.{{}}.{theirs}" for name, (theirs, _) in _BLOCK.items()
-}
+_COMFYUI = {f"transformer_blocks.{{}}.{name}": f"blocks.{{}}.{theirs}" for name, theirs in _BLOCK.items()}
 _COMFYUI |= _OUTSIDE
-_SAT = {place: f"transformer_blocks.{{}}.{name}" for name, (_, place) in _BLOCK.items() if place}
+
+
+def _sat_places() -> dict[tuple[str, int], str]:
+    """(SAT's layer, which of its parts) -> diffusers' module, both with ``{}`` for the number of the block."""
+    result = {}
+    for ours, theirs in RENAMED.items():
+        result[ours.removesuffix(".weight"), 0] = theirs.removesuffix(".weight")
+    for ours, parts in SPLIT.items():
+        for index, (theirs, _) in enumerate(parts):
+            result[ours.removesuffix(".weight"), index] = theirs.removesuffix(".weight")
+    return {place: module for place, module in result.items() if module in _COMFYUI}
+
+
+_SAT = _sat_places()
 _PATHS = {name: name for name in _COMFYUI} | {theirs: name for name, theirs in _COMFYUI.items()}
 _UNDERSCORED = {
     path.replace(".", "_"): name for path, name in _PATHS.items()
 }  # kohya loses which "_" was a "."
 
-_SAT_KEY = re.compile(r"(?:.*\.)?transformer\.layers\.(\d+)\.(.+)\.matrix_([AB])\.(\d+)")
+_SAT_LAYER = r"(?:.*?\.)?((?:transformer\.layers|mixins|time_embed|ofs_embed)\..+)"
+_SAT_KEY = re.compile(rf"{_SAT_LAYER}\.matrix_([AB])\.(\d+)")
+_SAT_GAIN = re.compile(rf"{_SAT_LAYER}\.magnitude_gain")
 _PAIR = re.compile(
     r"(?P<module>.+?)(?:\.|_(?=lora\.))lora(?:_|\.|_linear_layer\.)(?P<role>A|B|down|up)(?:\.\w+)?\.weight"
 )
@@ -85,11 +102,17 @@ class LoraNames:
     down: dict[str, str] = field(default_factory=dict)
     up: dict[str, str] = field(default_factory=dict)
     alpha: dict[str, str] = field(default_factory=dict)
+    gain: dict[str, str] = field(default_factory=dict)
+    # DoRA of this project: the name of the layer's gains, of which the module has its rows.
+
+    @property
+    def method(self) -> str:
+        return "DoRA" if self.gain else "LoRA"
 
 
 def is_lora(name: str) -> bool:
-    """Whether a tensor's name is that of a LoRA's matrix or alpha, in whatever format."""
-    return any(pattern.fullmatch(name) for pattern in (_SAT_KEY, _PAIR, _ALPHA))
+    """Whether a tensor's name is that of a LoRA's matrix, alpha or gain, in whatever format."""
+    return any(pattern.fullmatch(name) for pattern in (_SAT_KEY, _SAT_GAIN, _PAIR, _ALPHA))
 
 
 def parse(names: Iterable[str]) -> LoraNames:
@@ -100,6 +123,7 @@ def parse(names: Iterable[str]) -> LoraNames:
     modules (with the nearest known), two formats, a module twice or with one matrix only.
     """
     names = list(names)
+    gains = {match[1]: name for name in names if (match := _SAT_GAIN.fullmatch(name))}
     if sat := [name for name in names if _SAT_KEY.fullmatch(name)]:
         names = sat
     for method, pattern in _REFUSED.items():
@@ -133,18 +157,19 @@ def parse(names: Iterable[str]) -> LoraNames:
         )
     result.format = next(iter(first))
     _check_pairs(result)
+    if gains:
+        result.gain = {m: gains[layer] for m in result.down if (layer := sat_layer(m)[0]) in gains}
+        if alone := [module for module in result.down if module not in result.gain]:
+            raise ValueError(f"the file is not whole: DoRA's magnitude_gain is missing for {_some(alone)}")
     return result
 
 
 def tensor_names(module: str, to: str) -> tuple[str, str, str]:
-    """The names of (down, up, alpha) of a canonical module in a format; diffusers and SAT have no tensor for alpha.
-
-    ValueError for "SAT" where its LoRA has no place for the module.
-    """
+    """The names of (down, up, alpha) of a canonical module in a format; diffusers and SAT have no tensor for alpha."""
     pattern, index = _pattern(module)
     if to == "SAT":
-        layer, part = _sat_place(module, pattern)
-        stem = f"model.diffusion_model.transformer.layers.{index}.{layer}.matrix_"
+        layer, part = sat_layer(module)
+        stem = f"model.diffusion_model.{layer}.matrix_"
         return f"{stem}A.{part}", f"{stem}B.{part}", ""
     if to == "diffusers":
         return f"transformer.{module}.lora_A.weight", f"transformer.{module}.lora_B.weight", ""
@@ -155,23 +180,23 @@ def tensor_names(module: str, to: str) -> tuple[str, str, str]:
     return f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"
 
 
-def _sat_place(module: str, pattern: str) -> tuple[str, int]:
-    place = next((place for place, name in _SAT.items() if name == pattern), None)
-    if place is None:
-        raise ValueError(
-            f"SAT's LoRA has no place for {module}: it adapts {', '.join(sorted({layer for layer, _ in _SAT}))}; "
-            f"choose diffusers, kohya or ComfyUI"
-        )
-    return place
+def sat_layer(module: str) -> tuple[str, int]:
+    """The path of SAT's linear layer that holds a canonical module, and which of its parts the module is."""
+    pattern, index = _pattern(module)
+    layer, part = next(place for place, name in _SAT.items() if name == pattern)
+    return layer.format(index), part
 
 
 def _parse_sat(name: str) -> tuple[str, str, str]:
-    index, layer, matrix, part = _SAT_KEY.fullmatch(name).groups()
+    path, matrix, part = _SAT_KEY.fullmatch(name).groups()
+    match = re.fullmatch(r"(transformer\.layers|mixins\.adaln_layer\.adaLN_modulations)\.(\d+)\.(.+)", path)
+    layer, index = (f"{match[1]}.{{}}.{match[3]}", match[2]) if match else (path, "")
     known = _SAT.get((layer, int(part)))
     if known is None:
         near = difflib.get_close_matches(layer, [layer for layer, _ in _SAT], n=1, cutoff=0)[0]
         raise ValueError(
-            f"{name!r}: not a LoRA of a CogVideoX transformer under SAT names; the nearest layer is {near}"
+            f"{name!r}: not a LoRA of a CogVideoX transformer under SAT names; the nearest layer is "
+            f"{near.format(index or 0)}"
         )
     return "SAT", known.format(index), _ROLES[matrix]
 

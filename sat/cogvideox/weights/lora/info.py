@@ -10,6 +10,7 @@ from cogvideox.weights.files.locate import Source
 from cogvideox.weights.geometry import LoraGeometry, has_lora, lora_geometry, shapes_of
 from cogvideox.weights.info import WeightsInfo
 from cogvideox.weights.lora import alpha as lora_alpha
+from cogvideox.weights.lora import formats as lora_formats
 from cogvideox.weights.variants import Variant, variants_with
 
 
@@ -34,7 +35,7 @@ def fill_lora(
     else:
         _fill_alpha(info, lora, headers, source)
     if info.family != "lora":
-        info.variant += f" with LoRA (rank {info.lora_rank})"
+        info.variant += f" with {lora.names.method} (rank {info.lora_rank})"
         return
     info.num_layers, info.hidden_size = lora.num_layers, lora.hidden_size
     fits = _fitting(info, beside)
@@ -42,7 +43,7 @@ def fill_lora(
         take_constants(info, fits[0])
         info.config = fits[0].config
     size = f"{info.num_layers} layers x {info.hidden_size or 'unknown width'}"
-    info.variant = f"LoRA for {' or '.join(v.name for v in fits) or f'a network of {size}'}"
+    info.variant = f"{lora.names.method} for {' or '.join(v.name for v in fits) or f'a network of {size}'}"
 
 
 def _fitting(info: WeightsInfo, beside: Beside) -> list[Variant]:
@@ -61,8 +62,10 @@ def _fitting(info: WeightsInfo, beside: Beside) -> list[Variant]:
 def _targets(lora: LoraGeometry) -> list[str]:
     """What is adapted inside a layer, and outside: SAT's layers in SAT's names, else diffusers' modules."""
     if lora.names.format == "SAT":
+        layers = (lora_formats.sat_layer(module)[0] for module in lora.names.down)
         found = (
-            re.search(r"layers\.\d+\.(.+)\.matrix_A\.\d+$", name)[1] for name in lora.names.down.values()
+            re.sub(r"^transformer\.layers\.\d+\.", "", re.sub(r"(?<=adaLN_modulations\.)\d+", "*", layer))
+            for layer in layers
         )
     else:
         found = (re.sub(r"^transformer_blocks\.\d+\.", "", module) for module in lora.ranks)

@@ -27,13 +27,15 @@ class LowRank:
     up: Tensor
     # (out, r)
     scale: float = 1.0
+    gain: Tensor | None = None
+    # DoRA: (out,), each changed row is given the length (1 + gain) |row of the weight before|. None: LoRA.
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
 
     def update(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(out, in), computed in ``dtype``."""
+        """(out, in), computed in ``dtype``; with ``gain`` not yet all that changes."""
         return self.scale * (self.up.to(dtype) @ self.down.to(dtype))
 
 
@@ -104,12 +106,21 @@ def add_to(tensors: dict[str, Tensor], lora: Lora, naming: str) -> dict[str, Ten
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = weight.to(wide, copy=True)
         for module, where in parts:
-            rows = total.chunk(where.count)
+            rows, before = total.chunk(where.count), weight.chunk(where.count)
             pieces = lora[module].update(wide).to(total.device).chunk(len(where.chunks))
-            for number, piece in zip(where.chunks, pieces, strict=True):
+            gain = lora[module].gain
+            gains = [None] * len(pieces) if gain is None else gain.to(total).chunk(len(pieces))
+            for number, piece, gain in zip(where.chunks, pieces, gains, strict=True):
                 rows[number].add_(piece)
+                if gain is not None:
+                    rows[number].mul_(_lengths(before[number].to(wide), rows[number], gain)[:, None])
         result[name] = total.to(weight.dtype)
     return result
+
+
+def _lengths(before: Tensor, after: Tensor, gain: Tensor) -> Tensor:
+    """What makes the rows of ``after`` (1 + gain) times as long as those of ``before``."""
+    return (1 + gain) * before.norm(dim=1) / after.norm(dim=1).clamp(min=torch.finfo(after.dtype).tiny)
 
 
 def _check_fit(module: str, part: LowRank, weight: Tensor, where: Place) -> None:
@@ -127,8 +138,17 @@ def _check_fit(module: str, part: LowRank, weight: Tensor, where: Place) -> None
 def combine(loras: Sequence[tuple[Lora, float]]) -> Lora:
     """The sum of several LoRAs, each times its strength, as one: ranks add up, scale and strength go into ``up``.
 
-    Matrices of the result are float32 (or wider) and its scales 1. A LoRA of strength 0 leaves no trace.
+    Matrices of the result are float32 (or wider) and its scales 1. A LoRA of strength 0 leaves no trace. ValueError for
+    a DoRA, which is no sum, with another or with a strength.
     """
+    active = [(lora, strength) for lora, strength in loras if strength != 0]
+    if any(part.gain is not None for lora, _ in active for part in lora.values()):
+        if len(active) > 1 or active[0][1] != 1:
+            raise ValueError(
+                "a DoRA sets lengths of the weights and adds nothing, so it has no strength but 1 and no sum with "
+                "other LoRAs: merge it into its model first (python -m scripts.convert_weights), then use the result"
+            )
+        return active[0][0]
     parts: dict[str, list[tuple[LowRank, float]]] = {}
     for lora, strength in loras:
         if strength != 0:

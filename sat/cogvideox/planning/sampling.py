@@ -7,16 +7,26 @@ in it: the driver's own context and kernels' workspaces, about half a GiB on a G
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 
 from cogvideox import plan
 from cogvideox.config import Config
+from cogvideox.flops import clip_of
+
+LIVE_TENSORS = 11.1
+"""The network's peak in tensors of tokens x width, counted: in the MLP."""
 
 LIVE_TENSORS_CHUNKED = 8.2
 """The network's peak in tensors of tokens x width where the MLP runs in chunks: at the attention."""
 
 CHUNK_ROWS = 8192
 """Tokens of an MLP chunk: as many rows as a matrix product needs to keep a large GPU busy."""
+
+
+# Tensors of the VAE's first level alive while it decodes a chunk of 9 frames (5.9 GB at 480 x 720), counted:
+# tests/test_vae_memory.py.
+VAE_DECODE_LIVE_TENSORS = 7.4
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,27 @@ LADDER = (
 )
 """From fastest to smallest. All of them are exact: no pixel changes beyond rounding."""
 
+NAMES = ("fast", "balanced", "small")
+"""Those that ``sample.memory`` names; it also takes a limit."""
+
+
+def memory_limit(memory: str) -> float:
+    """Bytes of a limit such as "12 GiB". Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*GiB\s*", str(memory))
+    if not match or not float(match[1]):
+        raise ValueError(
+            f"sample.memory={memory!r}: expected fast, balanced, small, or a size such as '12 GiB'"
+        )
+    return float(match[1]) * 2**30
+
+
+def savings_for(config: Config, memory: str) -> Savings | None:
+    """The set that a word names, or the fastest that fits into a limit; None where none does."""
+    if memory in NAMES:
+        return next(savings for savings in LADDER if savings.name == memory)
+    limit, quantize = memory_limit(memory), config.sample.quantize
+    return next((s for s in LADDER if max(stage_bytes(config, s, quantize).values()) <= limit), None)
+
 
 def stage_bytes(config: Config, savings: Savings, quantize: str | None = None) -> dict[str, float]:
     """Peak bytes of the stages ``text``, ``denoising`` and ``decoding``."""
@@ -103,12 +134,12 @@ def activation_bytes(config: Config, savings: Savings, quantize: str | None = No
     An edit with ``sample.reference_steps`` has the reference as a third item of the pair.
     """
     sample, t = config.sample, config.model.transformer
-    per_item = LIVE_TENSORS_CHUNKED if savings.mlp_chunks else plan.NETWORK_LIVE_TENSORS
+    per_item = LIVE_TENSORS_CHUNKED if savings.mlp_chunks else LIVE_TENSORS
     live, size = 2 * per_item, plan.BYTES[sample.precision or "bf16"]
     if sample.invert and sample.reference_steps:
         # At the attention, with the pair's keys and values again, twice as long: 2 x 2 x 2 tensors of one item.
         live = max(3 * per_item, 3 * LIVE_TENSORS_CHUNKED + 8)
-    tokens = sample.batch_size * plan.clip_of(config, sample).tokens
+    tokens = sample.batch_size * clip_of(config, sample).tokens
     cast = 4 * t.hidden_size**2 * size if quantize else 0
     return live * tokens * t.hidden_size * size + cast
 
@@ -156,12 +187,20 @@ def vae_bytes(config: Config, savings: Savings) -> dict[str, float]:
     batch = 1 if savings.slice_batch else sample.batch_size
     tile = dataclasses.replace(sample, height=height, width=width, batch_size=batch)
     tile = dataclasses.replace(config, sample=tile)
-    decoding = plan.decode_bytes(tile)
+    decoding = decode_bytes(tile)
     if (height, width) != (sample.height, sample.width):
         # All tiles of a clip are kept until they are blended, and the blended clip beside them.
         pixels = batch * sample.num_frames * sample.height * sample.width * vae.in_channels
         decoding += 2 * pixels * plan.BYTES[vae.precision]
     return {"weights": plan.vae_parameters(vae) * float(plan.BYTES[vae.precision]), "decoding": decoding}
+
+
+def decode_bytes(config: Config) -> float:
+    """Peak of decoding one batch of videos: that of a chunk of its frames."""
+    sample, vae = config.sample, config.vae
+    frames = min(sample.num_frames, 2 * vae.temporal_compression + 1)
+    pixels = sample.batch_size * frames * sample.height * sample.width
+    return VAE_DECODE_LIVE_TENSORS * (pixels * vae.channels * plan.BYTES[vae.precision])
 
 
 def _has_image_condition(config: Config) -> bool:
