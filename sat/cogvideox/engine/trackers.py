@@ -17,6 +17,7 @@ from cogvideox.engine.events import Events
 logger = logging.getLogger("cogvideox")
 
 _WAITING_RECORDS = 1000
+_WAITING_VALUES = 100_000
 _GO_ON = "The run goes on, metrics.jsonl is complete, and later steps are sent as soon as it answers again"
 
 
@@ -158,7 +159,8 @@ class TensorBoardTracker:
     def _open(self) -> None:
         from tensorboardX import SummaryWriter
 
-        self.writer = SummaryWriter(self.folder)
+        # Its own thread writes. A queue that fills up would hold this one up for ever once that thread has died.
+        self.writer = SummaryWriter(self.folder, max_queue=_WAITING_VALUES)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self.writer is None:
@@ -166,8 +168,10 @@ class TensorBoardTracker:
         try:
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
-            # Its own thread writes, and dies of a full disk without a word: flushed here, the error is ours.
+            # The thread dies of a full disk without a word: flushed here, the error is ours.
             self.writer.flush()
+            if not self.writer.file_writer.event_writer._worker.is_alive():
+                raise OSError("the thread that writes its files has died")
         except OSError:
             self.writer = None
             raise
