@@ -35,6 +35,7 @@ def rows(gpu: str = "h200") -> list[str]:
             for stage in (2, 3):
                 overrides = [
                     "data.latent_cache=cache",
+                    "data.text_cache=cache",
                     "model.transformer.checkpoint_activations=selective",
                     f"deepspeed.zero_optimization.stage={stage}",
                 ]

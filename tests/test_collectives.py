@@ -1,5 +1,6 @@
 """Every collective of ours, who calls it, and which test runs it on two ranks (gloo). DeepSpeed's are its own."""
 
+# ruff: noqa: E501 (rows of tables)
 from __future__ import annotations
 
 import ast
@@ -22,14 +23,30 @@ dist.py        shutdown  destroy_process_group  test_collectives.py::test_a_barr
 dist.py        barrier   barrier                test_collectives.py::test_a_barrier_waits_for_the_last_rank
 dist.py        any_rank  all_reduce             test_collectives.py::test_a_flag_of_one_rank_is_true_on_all
 dist.py        gather    all_gather_object      test_collectives.py::test_values_are_gathered_in_rank_order
+dist.py        any_rank_of_each  all_reduce     test_faults.py::test_a_signal_ends_a_validation_or_preview_at_its_next_piece_and_the_next_start_makes_up_for_it
+dist.py        store     PrefixStore            test_faults.py::test_a_rank_that_hangs_is_named_in_time_with_its_last_step_and_phase
 engine/ema.py  _swap     broadcast              test_collectives.py::test_an_average_reaches_the_other_ranks
+engine/muon.py  _step_slice  all_reduce         test_optimizers.py::test_muon_on_two_ranks_gives_the_losses_of_torchs_muon_and_adamw
 """
 
 # Of dist.py: file, function of dist.py, and a test in which two ranks go through that call.
 CALLERS = """
-engine/trainer.py        any_rank  test_engine.py::test_sigterm_on_one_rank_saves_on_all_and_leaves_with_exit_code_0
-engine/trainer.py        gather    test_engine.py::test_a_nan_on_one_rank_is_skipped_on_all_and_counted
+engine/stop.py           any_rank  test_engine.py::test_sigterm_on_one_rank_saves_on_all_and_leaves_with_exit_code_0
+engine/skipped.py        gather    test_engine.py::test_a_nan_on_one_rank_is_skipped_on_all_and_counted
+engine/trainer.py        gather    test_resume.py::test_a_run_killed_twenty_times_is_bitwise_the_run_that_was_not
+engine/summary.py        gather    test_resume.py::test_a_run_killed_twenty_times_is_bitwise_the_run_that_was_not
+engine/same_config.py    gather    test_resume.py::test_the_real_model_killed_again_and_again_is_bitwise_the_one_that_was_not
+engine/quarantine.py     any_rank  test_faults.py::test_a_resumed_run_keeps_out_what_was_put_aside_though_it_could_be_read_again
+engine/quarantine.py     gather    test_faults.py::test_a_resumed_run_keeps_out_what_was_put_aside_though_it_could_be_read_again
+engine/watchdog.py       gather    test_faults.py::test_a_rank_that_hangs_is_named_in_time_with_its_last_step_and_phase
+engine/watchdog.py       barrier   test_faults.py::test_a_rank_that_hangs_is_named_in_time_with_its_last_step_and_phase
+engine/group_norms.py    gather    test_group_norms.py::test_groups_are_those_of_a_plain_loop_on_two_ranks
 engine/checkpoint.py     gather    test_collectives.py::test_a_write_that_fails_on_one_rank_is_an_error_on_all
+engine/checkpoint.py     barrier   test_resume.py::test_a_run_killed_twenty_times_is_bitwise_the_run_that_was_not
+engine/universal.py      gather    test_world_size.py::test_every_number_of_the_state_is_bitwise_the_same_right_after_the_change
+engine/universal.py      barrier   test_world_size.py::test_every_number_of_the_state_is_bitwise_the_same_right_after_the_change
+evaluation/held_out.py   gather    test_held_out.py::test_the_numbers_before_training_are_bitwise_the_same_on_two_ranks
+evaluation/clips.py      gather    test_held_out.py::test_the_numbers_before_training_are_bitwise_the_same_on_two_ranks
 engine/shared_folder.py  gather    test_collectives.py::test_a_run_folder_that_a_rank_does_not_see_is_an_error_on_all
 engine/shared_folder.py  barrier   test_collectives.py::test_a_run_folder_that_a_rank_does_not_see_is_an_error_on_all
 engine/validation.py     gather    test_engine.py::test_the_held_out_loss_is_the_same_on_one_and_two_ranks
@@ -39,7 +56,6 @@ engine/logging.py        gather    test_engine.py::test_every_zero_stage_on_two_
 # Whose tests have one rank only.
 ON_ONE_RANK = {
     "sampling/preview.py": "the gathering of what each rank has rendered",
-    "system.py": "the barrier after the cache is filled",
 }
 
 

@@ -55,6 +55,12 @@ def test_only_keys_that_differ_are_listed(runs: list[RunFolder]) -> None:
         "lora.layers.0": [ABSENT, "query_key_value"],
         "lora.layers.1": [ABSENT, "dense"],
         "lora.transformer_layers": [ABSENT, "null"],
+        "lora.rank_pattern": [ABSENT, "{}"],
+        "lora.alpha_pattern": [ABSENT, "{}"],
+        "lora.rslora": [ABSENT, "false"],
+        "lora.dropout": [ABSENT, "0"],
+        "lora.dora": [ABSENT, "false"],
+        "lora.quantize_base": [ABSENT, "null"],
         "train.optimizer.params.lr": ["0.001", "0.01"],
     }
 

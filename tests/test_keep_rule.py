@@ -66,10 +66,10 @@ def test_the_best_checkpoint_outlives_the_newest_and_is_known_after_a_resume(
     tmp_path: Path, _alone: None
 ) -> None:
     losses = [0.9, 0.4, 0.6, 0.7, 0.8]
-    assert trained(tmp_path, losses, keep_checkpoints=2).best == {"step": 2, "val/loss": 0.4}
+    assert trained(tmp_path, losses, keep_checkpoints=2).looks.best == {"step": 2, "val/loss": 0.4}
     assert steps(tmp_path) == [2, 4, 5]
     resumed = trained(tmp_path, [*losses, 0.5, 0.3, 0.35], keep_checkpoints=2)
-    assert resumed.best == {"step": 7, "val/loss": 0.3}
+    assert resumed.looks.best == {"step": 7, "val/loss": 0.3}
     assert steps(tmp_path) == [7, 8]  # 2 is the best no longer
     state = json.loads((tmp_path / "checkpoints" / "8" / "state.json").read_text())
     assert (state["best"], state["val/loss"]) == ({"step": 7, "val/loss": 0.3}, 0.35)

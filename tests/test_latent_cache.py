@@ -116,7 +116,11 @@ def test_a_damaged_text_entry_is_a_clip_that_the_loader_can_leave_out(tmp_path):
     clips.on_bad_clip = "skip"
     loader = ResumableLoader(WithTextFeatures(clips, read), 4, seed=0)
     assert "caption 1" not in next(loader.iterate())["caption"]
-    assert loader.skipped == {"videos/clip 1.mp4": "data.text_cache: x.safetensors is damaged"}
+    (entry,) = loader.quarantine.entries
+    assert (entry["clip"], entry["reason"]) == (
+        "videos/clip 1.mp4",
+        "data.text_cache: x.safetensors is damaged",
+    )
 
 
 def test_a_second_run_computes_nothing_and_a_change_computes_only_itself(tmp_path):

@@ -126,7 +126,7 @@ def test_what_was_put_aside_stays_out_after_a_resume_though_it_could_be_read_aga
         resumed = ResumableLoader(Numbers(8, bad=[]), 2, seed=0, num_workers=num_workers)
         entries = json.loads(kept[start - 1])
         resumed.quarantine.load(entries)
-        numbers = take(resumed, 12 - start, start)
+        numbers = take(resumed, 12 - start, 2 * start)
         if len(entries) == 2:
             assert numbers == seen[start:]
     assert len(json.loads(kept[4])) == 2  # so that starts 4 and 7 were such

@@ -184,10 +184,10 @@ def test_ranks_share_the_prompts_and_the_numbers_are_those_of_one_rank(
 def test_a_preview_that_fails_is_reported_and_the_others_are_kept(
     system, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails_for_seed_1(system, batch, condition):
+    def fails_for_seed_1(system, batch, condition, callback):
         if batch[0].seed == 1:
             raise FloatingPointError("NaN in step 1 of 2")
-        return denoise(system, batch, condition)
+        return denoise(system, batch, condition, callback)
 
     denoise = preview.denoise
     monkeypatch.setattr(preview, "denoise", fails_for_seed_1)

@@ -10,7 +10,6 @@ import pytest
 from workers.train_toy import make_trainer
 
 from cogvideox import dist
-from cogvideox.engine.events import Events
 from cogvideox.engine.summary import _bad_clips, peak_memory
 
 
@@ -32,7 +31,6 @@ def test_a_stopped_run_has_a_summary_and_its_end_covers_both_lives(tmp_path: Pat
         "save_every": 3,
     }
     run = {"run_dir": str(tmp_path), "train": train, "nan_at": [3]}
-    Events(tmp_path).write("started")
     first = make_trainer(run | {"terminate_at": 7})
     first.facts = lambda: {"dataset": {"clips": 12, "sha256": "0" * 64}}
     first.run()
@@ -43,11 +41,9 @@ def test_a_stopped_run_has_a_summary_and_its_end_covers_both_lives(tmp_path: Pat
     assert {"load", "train", "validate", "save"} <= stopped["seconds"].keys()
     assert stopped["skipped_clips"] is None and stopped["best"] is None  # the toy has no such thing
 
-    Events(tmp_path).write("started")
-    Events(tmp_path).write("resumed")
     second = make_trainer(run)
     second.loader.skipped = {"a.mp4": "truncated"}
-    second.best = {"step": 3, "val/loss": 0.5}
+    second.looks.best = {"step": 3, "val/loss": 0.5}
     second.run()
     done = summary(tmp_path)
     assert (done["steps"], done["finished"], done["attempts"]) == (6, True, 2)

@@ -173,7 +173,10 @@ def test_a_full_sat_checkpoint_with_lora_goes_on_in_the_section_lora(tmp_path: P
     system = loaded(f"load.transformer={path}", "lora.rank=4")
     expected, own = trained.transformer.state_dict(), system.transformer.state_dict()
     assert own.keys() == expected.keys() and all(torch.equal(own[k], expected[k]) for k in own)
-    with pytest.raises(ValueError, match="its LoRA has rank 4, your config lora.rank=8: use lora.rank=4"):
+    with pytest.raises(
+        ValueError,
+        match="its LoRA has rank 4, your config lora.rank=8 for transformer.layers.0.*: use lora.rank=4",
+    ):
         loaded(f"load.transformer={path}", "lora.rank=8")
 
 

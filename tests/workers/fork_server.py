@@ -210,6 +210,7 @@ def value_of(key: str, argv: list[str]) -> str:
 
 def watch_for_moments(run_dir: str, kill: dict[str, Any], begins: int) -> None:
     from cogvideox.engine import durable
+    from cogvideox.engine.looks import Looks
     from cogvideox.engine.trainer import Trainer
 
     left = kill.get("count", 0)
@@ -249,8 +250,8 @@ def watch_for_moments(run_dir: str, kill: dict[str, Any], begins: int) -> None:
             come_to("file")
 
     watched(durable.HashedWriter, "write", "write")
-    watched(Trainer, "_evaluated", "validate")
-    watched(Trainer, "_render_preview", "preview")
+    watched(Looks, "evaluate", "validate")
+    watched(Looks, "render", "preview")
     Trainer.run = begun(Trainer.run)
     if kill.get("at") == "file":
         sys.addaudithook(audit)

@@ -15,13 +15,16 @@ SECONDS = 450  # far above the ten to forty that a launch takes on an idle machi
 
 
 def start(
-    runs: list[dict[str, Any]], ranks: int, folder: Path, worker: Path = WORKER
+    runs: list[dict[str, Any]], ranks: int, folder: Path, worker: Path | None = None
 ) -> subprocess.Popen[str]:
-    """Begin to train ``runs`` in one launch of ``ranks`` processes (1: plain python, no launcher)."""
+    """Begin to train ``runs`` in one launch of ``ranks`` processes (1: plain python, no launcher).
+
+    worker: None is WORKER.
+    """
     listing = folder / "runs.json"
     listing.write_text(json.dumps(runs))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), str(worker), str(listing)]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), str(worker or WORKER), str(listing)]
     launcher_variables = (
         "RANK",
         "WORLD_SIZE",
@@ -51,7 +54,7 @@ def search_path() -> str:
 
 
 def launch(
-    runs: list[dict[str, Any]], ranks: int, folder: Path, worker: Path = WORKER
+    runs: list[dict[str, Any]], ranks: int, folder: Path, worker: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """``start``, and wait for the end."""
     process = start(runs, ranks, folder, worker)

@@ -112,8 +112,8 @@ class SlowPreview:
     def __call__(self, module: nn.Module, step: int) -> dict[str, Any]:
         for prompt in range(2 if dist.is_main() else 3):
             for number in range(20):
-                time.sleep(self.run.get("slow", 0.0))
-                if (prompt, number) == (2, 3):
+                time.sleep(self.run.get("slow", 0.0) if step else 0.0)
+                if step and (prompt, number) == (2, 3):
                     signal_once(self.run, "preview")
                 self.pulse()
         self.pulse(done=True)
@@ -123,15 +123,19 @@ class SlowPreview:
 
 
 class SlowBatches(Sequence):
+    """The first look at them, before the first step, is a quick one."""
+
     def __init__(self, run: dict[str, Any]):
-        self.run = run
+        self.run, self.looks = run, 0
 
     def __len__(self) -> int:
         return 40
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        time.sleep(self.run.get("slow", 0.0))
-        if index > 4:
+        self.looks += index < dist.world_size()
+        is_later = self.looks > 1
+        time.sleep(self.run.get("slow", 0.0) if is_later else 0.0)
+        if is_later and index > 4:
             signal_once(self.run, "validation")
         return samples(10_000 + 2 * index, 2)
 

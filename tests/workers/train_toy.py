@@ -100,7 +100,7 @@ def samples(first: int, count: int) -> dict[str, Any]:
 def train_config(lr: float = 0.01, optimizer: Any = None, **fields: Any) -> TrainConfig:
     """optimizer: {"target", "params"}; None: AdamW with ``lr``."""
     adamw = {"target": "torch.optim.AdamW", "params": {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.1}}
-    optimizer = Part(**(optimizer or adamw))
+    optimizer = optimizer if isinstance(optimizer, Part) else Part(**(optimizer or adamw))
     defaults = {"steps": 6, "batch_size": 2, "precision": "fp32", "log_every": 1, "save_every": 1000}
     return TrainConfig(**{"optimizer": optimizer, "timeout_minutes": 2.0, **defaults, **fields})
 

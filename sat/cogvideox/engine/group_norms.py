@@ -76,7 +76,7 @@ class GroupNorms:
     @torch.no_grad()
     def note_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """The optimizer's hook before an update."""
-        if not self._watching:
+        if not self._watching or self._before:  # a step that calls that of its base class is one step
             return
         held = list(self._held(optimizer))
         gradients = [tensor.grad.view(-1)[start : start + count] for _, tensor, start, count in held]

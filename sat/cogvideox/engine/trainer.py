@@ -425,6 +425,7 @@ class Trainer:
     def _say_started(self) -> None:
         self.events.write(
             "started",
+            step=self.step,
             ranks=dist.world_size(),
             steps=self.config.steps,
             versions=environment.versions(),
