@@ -26,6 +26,79 @@ _STOP = "test_a_signal_ends_a_validation_or_preview_at_its_next_piece_and_the_ne
 
 MATRIX = (
     Fault(
+        "kill -9 at twenty moments",
+        "1 and 2",
+        "random moments: in steps, saves, prunes, validations, previews; full and LoRA",
+        "bitwise the run that was not killed",
+        (
+            "test_resume.py::test_a_run_killed_twenty_times_is_bitwise_the_run_that_was_not",
+            "test_resume.py::test_the_real_model_killed_again_and_again_is_bitwise_the_one_that_was_not",
+        ),
+    ),
+    Fault(
+        "newest checkpoint damaged",
+        "1",
+        "files missing, truncated, a byte flipped, no state.json",
+        "said, kept under another name; the one before takes its place",
+        ("test_damaged_checkpoint.py::test_the_checkpoint_before_takes_the_place_of_a_damaged_one",),
+    ),
+    Fault(
+        "`latest` missing or wrong",
+        "1",
+        "removed, emptied, naming nothing",
+        "said; the newest whole checkpoint",
+        ("test_damaged_checkpoint.py::test_a_pointer_to_nothing_is_said_and_the_newest_checkpoint_taken",),
+    ),
+    Fault(
+        "all checkpoints damaged",
+        "1",
+        "all truncated",
+        "one error that names each, nothing touched",
+        (
+            "test_damaged_checkpoint.py::test_when_all_are_damaged_one_error_names_each_and_nothing_is_touched",
+        ),
+    ),
+    Fault(
+        "disk full while saving",
+        "1",
+        "in the middle of a file",
+        "error on all ranks, the last checkpoint is whole",
+        (
+            "test_checkpoint.py::test_a_disk_that_fills_up_in_the_middle_of_a_save_leaves_the_last_checkpoint_whole",
+        ),
+    ),
+    Fault(
+        "another number of ranks",
+        "1 and 2",
+        "2 to 1, 1 to 2, ZeRO 0 to 3",
+        "the same command goes on; every state bitwise the same after the change",
+        ("test_world_size.py::test_every_number_of_the_state_is_bitwise_the_same_right_after_the_change",),
+    ),
+    Fault(
+        "no room to convert a checkpoint",
+        "2",
+        "a disk that is almost full",
+        "one error, nothing written",
+        ("test_world_size.py::test_without_room_for_the_conversion_nothing_is_written",),
+    ),
+    Fault(
+        "another LoRA rank, model or configuration",
+        "1",
+        "the same run folder",
+        "refused by key, with the ways out",
+        (
+            "test_checkpoint.py::test_another_lora_rank_is_refused_with_the_parameter_its_two_shapes_and_the_key",
+            "test_same_config.py::test_what_changes_the_training_is_refused_by_its_key_with_the_ways_out",
+        ),
+    ),
+    Fault(
+        "cache killed while it is filled",
+        "2",
+        "kill -9",
+        "whole entries stay, the others are made",
+        ("test_cache_latents.py::test_killed_while_it_writes_two_ranks_go_on_where_it_was",),
+    ),
+    Fault(
         "clip truncated, empty or rubbish",
         "2",
         "files ruined before the run, no scan",
@@ -109,7 +182,7 @@ MATRIX = (
         "the others end soon, one clear line; the same command resumes",
         (
             *_here("test_when_a_rank_is_killed_the_others_end_soon_with_one_clear_line"),
-            "test_resume.py::test_the_joined_log_is_bitwise_that_of_an_undisturbed_run",
+            "test_resume.py::test_a_run_killed_twenty_times_is_bitwise_the_run_that_was_not",
         ),
     ),
     Fault(

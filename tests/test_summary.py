@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,16 +40,17 @@ def test_a_stopped_run_has_a_summary_and_its_end_covers_both_lives(tmp_path: Pat
     assert stopped["samples_seen"] == 4 * 2 * 2 and stopped["skipped_steps"] == 1
     assert stopped["dataset"] == {"clips": 12, "sha256": "0" * 64}
     assert {"load", "train", "validate", "save"} <= stopped["seconds"].keys()
-    assert stopped["skipped_clips"] is None and stopped["best"] is None  # the toy has no such thing
+    assert stopped["skipped_clips"] is None  # the toy has no such thing
+    assert stopped["best"]["step"] == 3
 
     second = make_trainer(run)
-    second.loader.skipped = {"a.mp4": "truncated"}
-    second.looks.best = {"step": 3, "val/loss": 0.5}
+    second.loader.quarantine = SimpleNamespace(entries=[{"clip": "a.mp4", "reason": "truncated"}])
+    second.looks.best = {"step": 3, "val/loss": -1.0}
     second.run()
     done = summary(tmp_path)
     assert (done["steps"], done["finished"], done["attempts"]) == (6, True, 2)
     assert done["samples_seen"] == 24 and done["skipped_clips"] == 1
-    assert done["best"] == {"step": 3, "val/loss": 0.5}
+    assert done["best"] == {"step": 3, "val/loss": -1.0}
     # A checkpoint holds the seconds up to its own writing; the rest of that save is in no later account.
     assert done["seconds"]["validate"] > stopped["seconds"]["validate"] > 0
     assert done["seconds"]["train"] > 0.5 * stopped["seconds"]["train"] > 0

@@ -33,6 +33,8 @@ LORA_OVERRIDES = (
     "train.optimizer.params.lr=2e-3",
 )
 SEED = 1
+# Prompts whose videos are rendered while the transformer trains, and steps between them.
+PREVIEWS, PREVIEW_EVERY = 3, 700
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ class Demo:
                 cache,
                 *model,
                 *self._training_overrides(T2V),
+                *self._preview_overrides(),
             ],
             after=[reconstruction],
         )
@@ -245,6 +248,12 @@ class Demo:
             return []
         keys = ("data.num_frames", "sample.num_frames", "model.transformer.num_frames")
         return [f"{key}={self.scale.num_frames}" for key in keys]
+
+    def _preview_overrides(self) -> list[str]:
+        """Videos of a few prompts in the transformer's own report: how they come about."""
+        captions = ", ".join(combination.caption for combination in spread(self.seen, PREVIEWS))
+        every = max(1, round(PREVIEW_EVERY * self.scale.step_factor))
+        return [f"train.preview_prompts=[{captions}]", f"train.preview_every={every}"]
 
     def _training_overrides(self, file: Path) -> list[str]:
         section = load_config([file]).train

@@ -18,6 +18,7 @@ from cogvideox.sampling.video_io import write_contact_sheet
 from scripts.demo.plan import spread
 from scripts.demo.scores import AIMS, ATTRIBUTES, Verdict, read_clip
 
+RUNS = {"VAE": "vae", "transformer": "t2v", "LoRA": "lora"}
 STYLE_SHEET = Path(__file__).with_name("report.css")
 
 
@@ -56,7 +57,10 @@ def write_report(
         "</section>",
         *(_section(section) for section in sections),
         "<section><h2>Loss curves</h2>",
-        f'<img class="curves" alt="Training loss of VAE, transformer and LoRA" src="{data_url(curves)}"></section>',
+        f'<img class="curves" alt="Training loss of VAE, transformer and LoRA" src="{data_url(curves)}">',
+        "<p>Each run has a report of its own, with its validation, its previews and its times: "
+        + ", ".join(f'<a href="runs/{run}/report.html">{escape(name)}</a>' for name, run in RUNS.items())
+        + ".</p></section>",
         "<section><h2>Time, memory, commands</h2>",
         _stage_table(results["stages"]),
         *(

@@ -113,7 +113,7 @@ def pieces(engine: Any) -> Iterator[tuple[str, Tensor, int, int]]:
     other ranks alone.
     """
     zero, trained = engine.optimizer, _trained(engine.module)
-    if hasattr(zero, "grad_position"):  # ZeRO-3
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
         for name, parameter in trained.items():
             part, start, count = zero.grad_position[zero.get_param_id(parameter)]
             # The last slice is padded with memory that nobody has written.
@@ -156,7 +156,11 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
 def _is_split(engine: Any) -> bool:
     """Whether ranks hold different pieces; at stage 0 each holds all of them."""
     zero = engine.optimizer
-    return hasattr(zero, "grad_position") or hasattr(zero, "bit16_groups") or hasattr(zero, "bf16_groups")
+    return (
+        hasattr(zero, "fp32_partitioned_groups_flat")
+        or hasattr(zero, "bit16_groups")
+        or hasattr(zero, "bf16_groups")
+    )
 
 
 def _sample(tensor: Tensor, start: int, count: int) -> Tensor:

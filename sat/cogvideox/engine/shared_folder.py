@@ -26,6 +26,7 @@ def check_shared(folder: str | Path) -> None:
     seen = dist.gather(((folder / name).exists(), platform.node()))
     if dist.is_main():
         (folder / name).unlink()
+    dist.barrier()
     blind = [f"rank {rank} on {host}" for rank, (is_there, host) in enumerate(seen) if not is_there]
     if blind:
         others = " and others" if len(blind) > 3 else ""

@@ -62,7 +62,4 @@ def peak_memory(ranks: list[dict[str, dict[str, float]]]) -> dict[str, dict[str,
 def _bad_clips(loader: Any) -> list[str] | None:
     """The names of the clips that this rank's loader has left out; None where it does not say."""
     quarantine = getattr(loader, "quarantine", None)
-    if quarantine is not None:
-        return [entry["clip"] for entry in quarantine.entries]
-    skipped = getattr(loader, "skipped", None)
-    return None if skipped is None else list(skipped)
+    return None if quarantine is None else [entry["clip"] for entry in quarantine.entries]
