@@ -59,7 +59,7 @@ def write_report(
         "<section><h2>Loss curves</h2>",
         f'<img class="curves" alt="Training loss of VAE, transformer and LoRA" src="{data_url(curves)}">',
         "<p>Each run has a report of its own, with its validation, its previews and its times: "
-        + ", ".join(f'<a href="runs/{run}/report.html">{escape(name)}</a>' for name, run in RUNS.items())
+        + ", ".join(f"{escape(name)} <code>runs/{run}/report.html</code>" for name, run in RUNS.items())
         + ".</p></section>",
         "<section><h2>Time, memory, commands</h2>",
         _stage_table(results["stages"]),
