@@ -20,7 +20,7 @@ from workers.train_toy import SEED, Toy, make_trainer, samples, train_config
 from cogvideox import dist
 from cogvideox.dist import RandomStreams
 from cogvideox.engine.logging import Means, combine, console_line, read_metrics, truncate
-from cogvideox.engine.stop import StopSignal
+from cogvideox.engine.stop import Abandoned, StopSignal
 from cogvideox.engine.trainer import poisoned_if_not_finite
 from cogvideox.engine.validation import HeldOutLoss, evaluating
 from cogvideox.weights import provenance
@@ -302,6 +302,9 @@ def test_evaluation_sees_the_average_and_training_gets_its_weights_back(tmp_path
         for name, shadow in trainer.ema.shadow.items():
             assert torch.equal(trainer.engine.module.get_parameter(name), shadow.to(torch.bfloat16))
             assert not torch.equal(shadow.to(torch.bfloat16), before[name])
+    assert all(torch.equal(p, before[name]) for name, p in trainer.engine.module.named_parameters())
+    with pytest.raises(Abandoned), trainer.ema.applied():
+        raise Abandoned  # a signal ends a validation: the run still saves what it trained
     assert all(torch.equal(p, before[name]) for name, p in trainer.engine.module.named_parameters())
 
 

@@ -107,7 +107,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
         {"run_dir": str(root / "mended"), "train": train | {"steps": 7}, **video},
         {"run_dir": str(root / "mended"), "train": train, "clips": str(clips), "mend": mend},
     ]
-    train = {"steps": 6, "validate_every": 3, "preview_every": 3}
+    train = {"steps": 6, "validate_every": 3, "preview_every": 3, "ema_decay": 0.9}
     runs.append({"run_dir": str(root / "undisturbed"), "train": train})
     for place in ("validation", "preview"):
         runs += [

@@ -9,6 +9,7 @@ input, and the backward pass casts the weight anew instead of keeping a cast cop
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class _Product(torch.autograd.Function):
         return ctx.module.transposed(gradient), None
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Module, ABC):
     """A frozen linear layer whose weight is held in eight bits, as ``product`` and ``transposed`` know it.
 
     Its parts are buffers, and for training not ``persistent``: a checkpoint of adapters does not hold their base.
@@ -66,20 +67,20 @@ class QuantizedLinear(nn.Module):
         return torch.float32 if self.bias is None else self.bias.dtype
 
     @property
-    def device(self) -> torch.device:
-        raise NotImplementedError
+    @abstractmethod
+    def device(self) -> torch.device: ...
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """x: (..., in). Returns (..., out) in its dtype, without the bias."""
-        raise NotImplementedError
 
+    @abstractmethod
     def transposed(self, gradient: Tensor) -> Tensor:
         """gradient: (..., out). Returns (..., in) in its dtype: the gradient of the input."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dequantised(self) -> Tensor:
         """The weight that is used: (out, in), float32."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in), float32, bfloat16 or float16. Returns (..., out) in its dtype."""
