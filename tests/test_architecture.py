@@ -32,6 +32,7 @@ ALLOWED = {
     },
     "config_text": {"config"},
     "live_memory": set(),
+    "traffic": set(),
     "patterns": set(),
     "recompute": set(),
     "optimizer_names": set(),
