@@ -191,9 +191,9 @@ def test_a_slow_part_shows_in_its_own_column_and_the_parts_add_up(
     parts = sum(found[part] for part in PARTS)
     # ZeRO-1 and 2 run the optimizer once per parameter group (two), ZeRO-3 once per slice of each.
     times = 2 if column == "optimizer" else 1
-    # A rank waits for another one only once it has done its own work, which takes longer where the machine is shared.
-    whole = 0.6 if column == "communication" else 0.95
-    assert found[column] >= whole * times * SECONDS
+    # A rank waits for another one only once it has done its own work, which it does while the other one is slow.
+    meanwhile = found["forward"] + found["backward"] if column == "communication" else 0.0
+    assert found[column] + meanwhile >= 0.95 * times * SECONDS
     assert max(PARTS, key=lambda part: found[part]) == column
     assert parts <= found["step"] * 1.0001
     # Outside of all parts lie random streams and means: 2 ms where the machine is idle, more where it is shared.

@@ -13,7 +13,7 @@ from cogvideox.engine.resources import highest
 FILE = "summary.json"
 
 
-def write_summary(trainer: Any, skipped_steps: int) -> None:
+def write_summary(trainer: Any) -> None:
     """Write ``RUN/summary.json`` from a ``Trainer``'s account of its run. Every rank must call; rank 0 writes.
 
     What a run does not have (a quarantine, a best checkpoint, a fingerprint of its data) is null. Seconds, samples and
@@ -28,7 +28,7 @@ def write_summary(trainer: Any, skipped_steps: int) -> None:
         "steps": trainer.step,
         "finished": trainer.step >= trainer.config.steps,
         "samples_seen": trainer.samples_seen,
-        "skipped_steps": skipped_steps,
+        "skipped_steps": trainer.skipped.steps,
         "skipped_clips": None if bad[0] is None else len({clip for rank in bad for clip in rank}),
         "best": trainer.looks.best,
         "seconds": {phase: round(value, 3) for phase, value in trainer.resources.seconds().items()},

@@ -224,7 +224,7 @@ class Trainer:
                 self.instruments.close()
                 log.close(60.0 if self.step >= config.steps else 10.0)
         self.resources.begin("report")
-        write_summary(self, self.skipped.steps)
+        write_summary(self)
         return self._ended(stop)
 
     def _train_step(self, batches: Iterator[Any]) -> None:
