@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from sat.model.base_model import replacable
@@ -57,8 +56,8 @@ class SelfAttention(nn.Module):
         if "attention_forward" in self.hooks:
             return self.hooks["attention_forward"](hidden_states, mask, **kw_args)
         qkv = self.query_key_value(hidden_states)
-        query, key, value = torch.unbind(
-            rearrange(qkv, "b s (three n d) -> three b n s d", three=3, n=self.num_attention_heads)
-        )
+        # Unbound before heads and tokens change places: so their gradients meet in the product's order, without a copy.
+        rows = rearrange(qkv, "b s (three n d) -> b s three n d", three=3, n=self.num_attention_heads)
+        query, key, value = (part.transpose(1, 2) for part in rows.unbind(2))  # (B, heads, S, d)
         attended = self.hooks["attention_fn"](query, key, value, mask, None, **kw_args)
         return self.dense(rearrange(attended, "b n s d -> b s (n d)"))

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvideox.kernels.gelu import linear_gelu
 from cogvideox.model.attention import SelfAttention
 from cogvideox.model.checkpointing import Checkpointing
 
@@ -44,7 +44,7 @@ class MLP(nn.Module):
         return out
 
     def _tokens(self, hidden_states: Tensor) -> Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+        return self.dense_4h_to_h(linear_gelu(self.dense_h_to_4h, hidden_states))
 
 
 class TransformerLayer(nn.Module):
