@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from scripts.benchmark.machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = 15
@@ -185,17 +186,6 @@ def calculated(name: str, model: str, method: str) -> dict[str, Any]:
         "resident_gb_saved": T5_GB + VAE_GB,
         "peak_gb_saved_at_most": round(T5_GB + VAE_GB + VAE_ENCODE_GB, 1),
         "entry_mb": round((moments + 226 * 4096 * 2) / 1e6, 1),
-    }
-
-
-def machine() -> dict[str, Any]:
-    from importlib import metadata
-
-    return {
-        "cpu_cores": os.cpu_count(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": metadata.version("torch"),
     }
 
 

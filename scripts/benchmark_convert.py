@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from scripts.benchmark.machine import machine
 
 MODELS = {"2b": ("configs/cogvideox_2b.yaml", "fp16"), "5b": ("configs/cogvideox_5b.yaml", "bf16")}
 LORA_RANK = 128
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     results.sort(key=lambda result: result["model"])
-    report = {"machine": machine(), "results": results}
+    report = {"machine": machine("safetensors"), "results": results}
     if not arguments.tiny:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
@@ -221,19 +222,6 @@ def same_tensors(first: Path, second: Path) -> bool:
     return names[0] == names[1] and all(
         torch.equal(*(reader.tensor(name).view(torch.int16) for reader in readers)) for name in names[0]
     )
-
-
-def machine() -> dict[str, Any]:
-    from importlib import metadata
-
-    memory = next(line for line in _lines(Path("/proc/meminfo")) if line.startswith("MemTotal"))
-    return {
-        "cpu_cores": os.cpu_count(),
-        "memory_gb": round(int(memory.split()[1]) * 1024 / 1e9),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "safetensors")},
-    }
 
 
 def table(report: dict[str, Any]) -> str:

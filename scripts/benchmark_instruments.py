@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -18,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from scripts.benchmark.machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 0.01  # of a step
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.pairs < 1:
         parser.error(f"--pairs={arguments.pairs}: expected at least 1")
     with tempfile.TemporaryDirectory() as folder:
-        report = {"machine": machine(), **measure(Path(folder), arguments.pairs)}
+        report = {"machine": machine("deepspeed"), **measure(Path(folder), arguments.pairs)}
     if not arguments.is_trial:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
@@ -226,17 +226,6 @@ def quantiles(values: list[float]) -> dict[str, float]:
     ordered = sorted(values)
     places = {"p10": 0.1, "median": 0.5, "p90": 0.9}
     return {name: round(ordered[round(at * (len(ordered) - 1))], 5) for name, at in places.items()}
-
-
-def machine() -> dict[str, Any]:
-    from importlib import metadata
-
-    return {
-        "cpu_cores": os.cpu_count(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "deepspeed")},
-    }
 
 
 def table(report: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from transformer_cases import KINDS, diffusers_twin, randomise, tiny
 from cogvideox.model.position import SincosPosition3D, rotary_3d
 from cogvideox.model.transformer import PREFIX, ExpertTransformer
 from cogvideox.vae.autoencoder import CausalVAE
-from cogvideox.weights.vae_keys import sat_to_diffusers as vae_to_diffusers
+from scripts.benchmark.twins import vae_twin
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 """Pixel frames and pixels: 3 x 4 x 6 latents, 3 x 2 x 3 patches (1.5: 4 latents, 2 x 2 x 3 patches)."""
@@ -193,24 +193,6 @@ def diffusers_pipeline(t5_folder: Path, kind: str, dtype: torch.dtype = torch.fl
             clip_sample=False,
         ),
     )
-
-
-def vae_twin(vae: CausalVAE, **config: Any) -> Any:
-    """diffusers' AutoencoderKLCogVideoX with the weights of ``vae`` (32 norm groups)."""
-    from diffusers import AutoencoderKLCogVideoX
-
-    widths = tuple(level.block[0].conv1.conv.out_channels for level in vae.encoder.down)
-    twin = AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * len(widths),
-        up_block_types=("CogVideoXUpBlock3D",) * len(widths),
-        block_out_channels=widths,
-        latent_channels=vae.z_channels,
-        layers_per_block=len(vae.encoder.down[0].block),
-        temporal_compression_ratio=vae.temporal_compression,
-        **config,
-    )
-    twin.load_state_dict(vae_to_diffusers(vae.state_dict()))
-    return twin.eval().requires_grad_(False)
 
 
 @cache

@@ -34,7 +34,7 @@ def vae() -> CausalVAE:
 
 @pytest.fixture(scope="module")
 def twin(vae):
-    return diffusers_twin(vae, TINY).requires_grad_(False)
+    return diffusers_twin(vae)
 
 
 # --- parity with diffusers -------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def test_decode_matches_diffusers_where_diffusers_works(vae, twin, num_latents):
 def test_other_geometries_match_diffusers(temporal_compression):
     config = FOUR_LEVELS | dict(temporal_compression=temporal_compression)
     vae = build(**config).requires_grad_(False)
-    twin = diffusers_twin(vae, config)
+    twin = diffusers_twin(vae)
     video = random(1, 1 + temporal_compression, 3, 16, 8)
     z = random(1, 3, 3, 2, 1)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_other_geometries_match_diffusers(temporal_compression):
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
 def test_gradients_match_diffusers(checkpoint_activations):
     vae = build(**TINY, checkpoint_activations=checkpoint_activations)
-    twin = diffusers_twin(vae, TINY)
+    twin = diffusers_twin(vae)
     video = clip(9)
     for model, forward in [
         (vae, lambda x: vae.decode(split_moments(vae.encode(x))[0], chunked=False)),

@@ -27,7 +27,7 @@ def tiled() -> CausalVAE:
 
 @pytest.fixture(scope="module")
 def twin(whole):
-    twin = diffusers_twin(whole, TINY).requires_grad_(False)
+    twin = diffusers_twin(whole)
     twin.enable_tiling(tile_sample_min_height=6 * 4, tile_sample_min_width=5 * 4)
     return twin
 

@@ -12,7 +12,10 @@ from cogvideox.model.final_layer import FinalLayer
 from cogvideox.model.patch_embed import PatchEmbed
 from cogvideox.model.position import RotaryPosition3D, SincosPosition3D
 from cogvideox.model.transformer import ExpertTransformer
-from cogvideox.weights.transformer_keys import sat_to_diffusers
+from scripts.benchmark.twins import randomise, run_twin
+from scripts.benchmark.twins import transformer_twin as diffusers_twin
+
+__all__ = ["KINDS", "diffusers_twin", "full", "inputs", "randomise", "run_twin", "tiny"]
 
 MIXINS = {"patch_embed": PatchEmbed, "adaln": ExpertAdaLN, "final_layer": FinalLayer}
 SINCOS = partial(SincosPosition3D, height_interpolation=1.875, width_interpolation=1.875)
@@ -81,19 +84,6 @@ def _network(kind: str, arguments: dict, changes: dict) -> ExpertTransformer:
     return ExpertTransformer(**(MIXINS | arguments | special | changes))
 
 
-@torch.no_grad()
-def randomise(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Random values everywhere, so that no zero-initialised part hides an error; activations stay near 1."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in net.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-        if parameter.ndim == 1:
-            parameter.copy_(noise * 0.1 + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
-        else:
-            parameter.copy_(noise / parameter[0].numel() ** 0.5)
-    return net
-
-
 def inputs(
     net: ExpertTransformer,
     frames: int = 0,
@@ -121,53 +111,3 @@ def inputs(
     if net.ofs_embed_dim:
         result["ofs"] = torch.tensor([2.0, 0.5, 2.0, 2.0])[:batch]
     return result
-
-
-def diffusers_twin(net: ExpertTransformer):
-    """``CogVideoXTransformer3DModel`` with the weights of ``net``, loaded strictly through our key table."""
-    from diffusers import CogVideoXTransformer3DModel
-
-    g, position = net.geometry, net.mixins["pos_embed"]
-    rotary = isinstance(position, RotaryPosition3D)
-    new = g["patch_size"][0] > 1
-    twin = CogVideoXTransformer3DModel(
-        num_attention_heads=g["num_attention_heads"],
-        attention_head_dim=g["head_dim"],
-        in_channels=g["in_channels"],
-        out_channels=g["out_channels"],
-        time_embed_dim=g["time_embed_dim"],
-        ofs_embed_dim=net.ofs_embed_dim,
-        text_embed_dim=g["text_hidden_size"],
-        num_layers=g["num_layers"],
-        sample_width=g["latent_width"],
-        sample_height=g["latent_height"],
-        sample_frames=g["num_frames"],
-        patch_size=g["patch_size"][1],
-        patch_size_t=g["patch_size"][0] if new else None,
-        patch_bias=not new,
-        max_text_seq_length=g["text_length"],
-        use_rotary_positional_embeddings=rotary,
-        use_learned_positional_embeddings=rotary and position.pos_embedding is not None,
-    )
-    twin.load_state_dict(sat_to_diffusers(net.state_dict()), strict=True)
-    twin.norm_out.norm.eps = 1e-6  # diffusers has 1e-5 here, the published SAT code 1e-6
-    return twin
-
-
-def run_twin(net: ExpertTransformer, twin, arguments: dict[str, Tensor]) -> Tensor:
-    """The twin's output; rope on the integer grid, which is SAT's rule for every size."""
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
-
-    x = arguments["x"]
-    rope = None
-    if isinstance(net.mixins["pos_embed"], RotaryPosition3D):
-        pt, ph, pw = net.patch_size
-        size = (x.shape[3] // ph, x.shape[4] // pw)
-        rope = get_3d_rotary_pos_embed(
-            net.geometry["head_dim"], None, size, x.shape[1] // pt, grid_type="slice", max_size=size
-        )
-    if "concat_images" in arguments:
-        x = torch.cat((x, arguments["concat_images"]), dim=2)
-    return twin(
-        x, arguments["context"], arguments["timesteps"], ofs=arguments.get("ofs"), image_rotary_emb=rope
-    ).sample

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from cogvideox.vae.autoencoder import CausalVAE
-from cogvideox.weights.vae_keys import sat_to_diffusers
+from scripts.benchmark.twins import vae_twin as diffusers_twin
+
+__all__ = ["TINY", "build", "close", "diffusers_twin", "random"]
 
 TINY = dict(channels=8, channel_multipliers=[1, 2, 2], num_res_blocks=1, z_channels=4, norm_groups=4)
 
@@ -24,22 +25,6 @@ def build(seed: int = 0, **config) -> CausalVAE:
             ):
                 p += 1
     return vae.eval()
-
-
-def diffusers_twin(vae: CausalVAE, config: dict):
-    diffusers = pytest.importorskip("diffusers")
-    widths = tuple(config["channels"] * m for m in config["channel_multipliers"])
-    twin = diffusers.AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * len(widths),
-        up_block_types=("CogVideoXUpBlock3D",) * len(widths),
-        block_out_channels=widths,
-        latent_channels=config["z_channels"],
-        layers_per_block=config["num_res_blocks"],
-        norm_num_groups=config["norm_groups"],
-        temporal_compression_ratio=config.get("temporal_compression", 4),
-    )
-    twin.load_state_dict(sat_to_diffusers(vae.state_dict()))
-    return twin.eval()
 
 
 def random(*shape: int, seed: int = 1) -> torch.Tensor:

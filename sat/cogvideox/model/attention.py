@@ -9,6 +9,7 @@ from einops import rearrange
 from sat.model.base_model import replacable
 from torch import Tensor, nn
 
+from cogvideox.model.linear import Linear
 from cogvideox.model.reference import attend_with_reference
 
 
@@ -47,8 +48,8 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_attention_heads: int, hooks: dict):
         super().__init__()
         self.num_attention_heads = num_attention_heads
-        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
-        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.query_key_value = Linear(hidden_size, 3 * hidden_size)
+        self.dense = Linear(hidden_size, hidden_size)
         self.hooks = hooks
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None, **kw_args) -> Tensor:

@@ -1,0 +1,1 @@
+"""Speed and memory against diffusers in the same run: see ``__main__.py``."""
