@@ -36,7 +36,10 @@ ALSO_COUNTED = {
 }
 """Products that torch's counter leaves out: one with an activation at its end, and two more kernels of attention."""
 
-OWN_OPERATORS: dict[str, Callable[..., int] | None] = {}
+_ELEMENTWISE = ("norm_modulate", "gate_norm_modulate", "add_gated", "norm_rotate", "gelu")
+OWN_OPERATORS: dict[str, Callable[..., int] | None] = {
+    f"cogvideox::{name}{end}": None for name in _ELEMENTWISE for end in ("", "_backward")
+} | dict.fromkeys(("cogvideox::plane_moments", "cogvideox::scaled_silu"))
 """Operators of our own ("cogvideox::name"), each one kernel into which no counter looks -> its FLOPs from the shapes of
 its arguments, as in torch's registry; None: no products. An operator that is not here is refused."""
 
