@@ -49,6 +49,15 @@ def forks() -> Iterator[ForkServer]:
         yield server
 
 
+@pytest.fixture
+def fused_attention() -> Iterator[None]:
+    """On the meta device the kernel that a GPU picks, see ``scripts.benchmark.full_size``."""
+    from scripts.benchmark.full_size import fused_attention
+
+    with fused_attention():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _linear_as_it_was() -> Iterator[None]:
     """A ZeRO-3 engine replaces it for the whole process, by one that other kernels run in."""

@@ -8,7 +8,6 @@ import pytest
 import torch
 from sat.model.base_model import BaseMixin
 from test_system import CONFIGS, PROMPTS, make_system
-from test_transformer_memory import fused_attention  # noqa: F401, a fixture
 from transformer_cases import KINDS, full, inputs, randomise, tiny
 
 from cogvideox.config import load_config
@@ -285,7 +284,7 @@ def test_inversion_in_small_memory_is_inversion(part: float, base: str) -> None:
 
 
 @pytest.mark.parametrize("savings", [LADDER[0], LADDER[-1]], ids=["fast", "small"])
-def test_the_planned_activations_are_those_with_a_reference(savings, fused_attention: None) -> None:  # noqa: F811
+def test_the_planned_activations_are_those_with_a_reference(savings, fused_attention: None) -> None:
     """Counted at the published size on the meta device: one reference, and the guidance pair of its edit."""
     config = load_config(
         [CONFIGS / "cogvideox_5b.yaml"], ["sample.invert=true", "sample.reference_steps=0.5"]

@@ -9,17 +9,6 @@ from transformer_cases import KINDS, full, inputs, randomise, tiny
 from cogvideox.live_memory import LiveMemory
 
 
-@pytest.fixture
-def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel that a GPU picks: torch would take the unfused one on the meta device, with a table of S x S."""
-
-    def flash(query, key, value, attn_mask=None):
-        assert attn_mask is None
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash)
-
-
 def peak(
     kind: str, *, chunk_rows: int | None, size: tuple[int, int] = (60, 90), unfused: bool = False
 ) -> LiveMemory:

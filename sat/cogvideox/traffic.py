@@ -23,16 +23,21 @@ from torch.utils._pytree import tree_leaves
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "convolution", "convolution_backward")
 _ATTENTION = ("_scaled_dot_product", "_flash_attention", "_efficient_attention")
+_TORCH = ("aten", "prim", "prims")
 _NOTHING_MOVES = ("empty", "empty_like", "new_empty", "empty_strided", "_unsafe_view", "detach")
 
 
 class Traffic(TorchDispatchMode):
-    """A context that counts.  by_operation: name -> bytes.  calls: name -> how often."""
+    """A context that counts.  by_operation: name -> bytes.  calls: name -> how often.
+
+    foreign: "library::name" of the operators that are not torch's own.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.by_operation: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+        self.foreign: set[str] = set()
 
     @property
     def bytes(self) -> int:
@@ -46,6 +51,8 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if func.namespace not in _TORCH:
+            self.foreign.add(f"{func.namespace}::{name}")
         if not func.is_view and name not in _NOTHING_MOVES:
             self.by_operation[name] += moved_bytes(args, kwargs) + moved_bytes(result)
             self.calls[name] += 1

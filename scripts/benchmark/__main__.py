@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.benchmark import results
+from scripts.benchmark import report, results
 from scripts.benchmark.settings import Settings, one_thread
 
 BENCHMARKS = {
@@ -71,9 +71,11 @@ def main(argv: list[str] | None = None) -> int:
         start = time.monotonic()
         with one_thread():
             rows = importlib.import_module(f"scripts.benchmark.{name}").run(settings)
-        results.save(arguments.output, name, rows, command=command, seconds=time.monotonic() - start)
+        spent = time.monotonic() - start
+        results.save(arguments.output, name, rows, command=command, seconds=spent, device=settings.device)
         for row in rows:
             print(f"  {line(row)}", flush=True)
+    report.write(arguments.output)
     return 0
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,14 @@ class Peak:
 
 def peak_of(case: str, *arguments: Any, device: str = "cpu") -> Peak:
     """case: "module:function"; arguments: what json can hold. RuntimeError with the output of a process that fails."""
+    return peaks_of(case, [arguments], device=device)[0]
+
+
+def peaks_of(case: str, several: Sequence[Sequence[Any]], device: str = "cpu") -> list[Peak]:
+    """Of each of ``several`` arguments, one after the other in the same process."""
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise RuntimeError("peak memory of a process is read from /proc, so it needs Linux")
-    command = [sys.executable, "-m", "scripts.benchmark.memory", device, case, json.dumps(arguments)]
+    command = [sys.executable, "-m", "scripts.benchmark.memory", device, case, json.dumps(several)]
     # Large tensors are then given back to the system when they die, not kept by the allocator.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
     environment["PYTHONPATH"] = os.pathsep.join(
@@ -52,8 +58,8 @@ def peak_of(case: str, *arguments: Any, device: str = "cpu") -> Peak:
     )
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{case}{arguments} failed in its process:\n{done.stdout}{done.stderr}")
-    return Peak(**json.loads(done.stdout.splitlines()[-1]))
+        raise RuntimeError(f"{case} of {several} failed in its process:\n{done.stdout}{done.stderr}")
+    return [Peak(**peak) for peak in json.loads(done.stdout.splitlines()[-1])]
 
 
 def _measure(case: str, arguments: list[Any], device: str) -> Peak:
@@ -97,5 +103,5 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     used_device, used_case, encoded = sys.argv[1:]
-    result = _measure(used_case, json.loads(encoded), used_device)
-    print(json.dumps(asdict(result)))
+    results = [_measure(used_case, arguments, used_device) for arguments in json.loads(encoded)]
+    print(json.dumps([asdict(result) for result in results]))

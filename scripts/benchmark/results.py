@@ -11,6 +11,7 @@ from typing import Any
 from scripts.benchmark.machine import machine
 from scripts.benchmark.pairs import Ratio
 
+ON = " on "
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
 
@@ -21,7 +22,8 @@ class Row:
     benchmark: "model", ...;  case: what was computed, with its sizes and dtype;  candidate: by whom.
     seconds: median of one run.  ratio: this candidate's time / ours, so above 1 ours is faster; None for ours.
     max_difference: max |ours - this| of the results.  memory: bytes by kind ("above", "total", "reserved", ...).
-    bound_fraction: the least time that the machine's own rates allow / ``seconds``.  counted: name -> exact count.
+    bound_fraction: the least time that the machine's own rates allow / ``seconds``.  counted: name -> a number that
+    is not a time: exact counts; rates in the roofline.
     """
 
     benchmark: str
@@ -36,15 +38,33 @@ class Row:
     note: str = ""
 
 
-def save(folder: Path, benchmark: str, rows: list[Row], *, command: str, seconds: float) -> dict[str, Any]:
-    """Put the rows of ``benchmark`` in FOLDER/speed.json in place of those of before. Returns the whole file."""
+@dataclass(frozen=True)
+class Section:
+    """Of one benchmark on one machine."""
+
+    date: str
+    command: str
+    seconds: float
+    machine: dict[str, Any]
+    rows: list[Row]
+
+
+def save(
+    folder: Path, benchmark: str, rows: list[Row], *, command: str, seconds: float, device: str = "cpu"
+) -> dict[str, Any]:
+    """Put the rows of ``benchmark`` in FOLDER/speed.json in place of those of before. Returns the whole file.
+
+    A GPU has a section of its own, "model on NVIDIA H200", beside that of the CPU; counts are of no machine.
+    """
     file = folder / "speed.json"
     report: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    report[benchmark] = {
+    found = machine("diffusers", "transformers", "deepspeed", "peft")
+    is_of_gpu = device == "cuda" and benchmark != "counted"
+    report[f"{benchmark}{ON}{found['gpu']}" if is_of_gpu else benchmark] = {
         "date": datetime.date.today().isoformat(),
         "command": command,
         "seconds": round(seconds, 1),
-        "machine": machine("diffusers", "transformers", "deepspeed", "peft"),
+        "machine": found,
         "rows": [asdict(row) for row in rows],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,10 +72,18 @@ def save(folder: Path, benchmark: str, rows: list[Row], *, command: str, seconds
     return report
 
 
-def load(folder: Path) -> dict[str, list[Row]]:
-    """The rows of FOLDER/speed.json, by benchmark."""
+def sections(folder: Path) -> dict[str, Section]:
+    """FOLDER/speed.json, by benchmark and GPU."""
     report = json.loads((folder / "speed.json").read_text())
-    return {name: [_row(values) for values in part["rows"]] for name, part in report.items()}
+    return {
+        name: Section(**part | {"rows": [_row(values) for values in part["rows"]]})
+        for name, part in report.items()
+    }
+
+
+def load(folder: Path) -> dict[str, list[Row]]:
+    """Its rows alone."""
+    return {name: section.rows for name, section in sections(folder).items()}
 
 
 def _row(values: dict[str, Any]) -> Row:

@@ -19,7 +19,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4
 INK, FAINT = "#2b2f38", "#8a93a3"
 
 _WIDTH, _HEIGHT, _DPI = 6.2, 3.3, 150
-_LOOK = {
+PLOT_STYLE = {
     "font.size": 9.5,
     "text.color": INK,
     "axes.edgecolor": FAINT,
@@ -55,14 +55,14 @@ def draw(path: Path, title: str, fill: Callable[[Axes], bool]) -> bool:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_LOOK):
+    with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=_DPI)
         canvas = FigureCanvasAgg(figure)
         axes = figure.add_axes((0.105, 0.135, 0.875, 0.68))
         if not fill(axes):
             return False
         _widen_if_flat(axes)
-        figure.text(0.018, 0.965, title, va="top", size=_LOOK["axes.titlesize"], weight="bold")
+        figure.text(0.018, 0.965, title, va="top", size=PLOT_STYLE["axes.titlesize"], weight="bold")
         _legend(axes)
         axes.set_xlabel("step", loc="right", labelpad=1)
         axes.xaxis.get_major_locator().set_params(integer=True)
