@@ -11,7 +11,7 @@ from vae_cases import TINY, build, close, random
 
 from cogvideox.live_memory import LiveMemory
 from cogvideox.vae.autoencoder import CausalVAE
-from cogvideox.vae.blocks import SpatialNorm, convolve_doubled, doubling_kernels
+from cogvideox.vae.norms import SpatialNorm
 from cogvideox.vae.causal_conv import CausalConv3d
 
 PUBLISHED = dict(channels=128, channel_multipliers=[1, 2, 2, 4], num_res_blocks=3, z_channels=16)
