@@ -47,9 +47,7 @@ class Traffic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if not func.is_view and name not in _NOTHING_MOVES:
-            read = args[1:] if name == "copy_" else args  # what is only overwritten is not read
-            named = {key: value for key, value in (kwargs or {}).items() if key != "out"}
-            self.by_operation[name] += moved_bytes(read, named) + moved_bytes(result)
+            self.by_operation[name] += moved_bytes(args, kwargs) + moved_bytes(result)
             self.calls[name] += 1
         return result
 

@@ -97,7 +97,9 @@ class ResBlock(nn.Module):
         del pieces
         return self._add_rest(total, h, z, cache)
 
-    def _add_rest(self, total: Tensor, held: list[Tensor], z: Tensor | None, cache: ConvCache | None) -> Tensor:
+    def _add_rest(
+        self, total: Tensor, held: list[Tensor], z: Tensor | None, cache: ConvCache | None
+    ) -> Tensor:
         """`total`, with the second half of the block added to it."""
         start = 0
         for piece in self._convolved(self.norm2, self.conv2, held, z, cache):

@@ -103,7 +103,9 @@ class CausalConv3d(nn.Module):
         if num_frames >= k:
             cache[self] = x[:, :, -k:].clone()  # a slice alone would keep the whole chunk in memory
             return
-        before = x[:, :, :1].expand(-1, -1, k - num_frames, -1, -1) if past is None else past[:, :, num_frames:]
+        before = (
+            x[:, :, :1].expand(-1, -1, k - num_frames, -1, -1) if past is None else past[:, :, num_frames:]
+        )
         cache[self] = torch.cat([before, x], dim=2)
 
     def _convolve(self, x: Tensor, past: int, kernels: Sequence[Taps] = ()) -> list[Tensor]:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cogvideox.vae.convolution import convolve
+
 Taps = Sequence[Sequence[int]]
 """Of a kernel in one direction: the taps that are added to give each tap of the folded one."""
 
@@ -46,9 +48,9 @@ class TimeFoldedConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, kernels: Sequence[Taps] = ()) -> Tensor:
         if not kernels:
-            return super().forward(x)
+            return convolve(x, self.weight, self.bias, self.padding)
         weight = torch.cat([fold(self.weight, 2, taps) for taps in kernels]).to(self.weight.dtype)
-        return F.conv3d(x, weight, self.bias.repeat(len(kernels)), padding=self.padding)
+        return convolve(x, weight, self.bias.repeat(len(kernels)), self.padding)
 
 
 class DoublingConv2d(nn.Conv2d):
@@ -67,7 +69,7 @@ class DoublingConv2d(nn.Conv2d):
         # the kernels of the four lie one place apart, so one padded convolution gives all of them.
         rows = [fold(self.weight, 2, taps) for taps in reversed(PAIRS)]
         kernels = torch.cat([fold(row, 3, taps) for row in rows for taps in reversed(PAIRS)])
-        phases = F.conv2d(x, kernels.to(self.weight.dtype), self.bias.repeat(4), padding=1)
+        phases = convolve(x, kernels.to(self.weight.dtype), self.bias.repeat(4), self.padding)
         phases = phases.unflatten(1, (2, 2, -1))  # (B, 2, 2, C', H + 1, W + 1)
         height, width = x.shape[2:]
         places = [(i, j, phases[:, i, j, :, i : i + height, j : j + width]) for i in (0, 1) for j in (0, 1)]

@@ -75,7 +75,9 @@ def activated(
     if in_place:
         middle = group_norm.num_groups // 2
         for first, end in itertools.pairwise(sorted({0, middle, group_norm.num_groups})):
-            part = slice(first * x.shape[1] // group_norm.num_groups, end * x.shape[1] // group_norm.num_groups)
+            part = slice(
+                first * x.shape[1] // group_norm.num_groups, end * x.shape[1] // group_norm.num_groups
+            )
             h = _group_norm(group_norm, x[:, part], slice(first, end))
             _activate(h, fields and tuple(field[:, part] for field in fields), out=x[:, part])
             del h
