@@ -46,7 +46,7 @@ class CausalConv3d(nn.Module):
         return joined(self.pieces(x, cache))
 
     def past(self, cache: ConvCache | None) -> Tensor | None:
-        """The frames before the next chunk, (B, C, num_past_frames, H, W), taken out of the cache; None: a clip starts."""
+        """The frames before the next chunk, (B, C, num_past_frames, H, W), out of the cache; None: a clip starts."""
         return None if cache is None else cache.pop(self, None)
 
     def pieces(self, x: Tensor, cache: ConvCache | None) -> list[Tensor]:
@@ -78,10 +78,10 @@ class CausalConv3d(nn.Module):
         return self._convolve(x, past_frames)
 
     def doubled(self, x: Tensor, cache: ConvCache | None, starts_clip: bool) -> Tensor:
-        """The output for `double_frames(x)`, at two thirds of its products: (B, C, n, H, W) -> (B, C', 2n or 2n - 1, H, W).
+        """The output for `double_frames(x)`, at two thirds of its products.
 
-        starts_clip: the first frame stands alone; if not, `x` begins with the frame before, which gives no output.
-        Nothing is differentiated.
+        x: (B, C, n, H, W).  starts_clip: the first frame stands alone, (B, C', 2n - 1, H, W) comes back; if not, `x`
+        begins with the frame before, which gives no output, (B, C', 2n - 2, H, W).  Nothing is differentiated.
         """
         if cache is not None:
             cache[self] = x[:, :, -1:].clone().expand(-1, -1, self.num_past_frames, -1, -1)

@@ -42,8 +42,8 @@ def fold(weight: Tensor, dim: int, taps: Taps) -> Tensor:
 class TimeFoldedConv3d(nn.Conv3d):
     """nn.Conv3d that can be applied with its taps in time folded.
 
-    forward(x, kernels): outputs of each of `kernels` one after the other in the channels, (B, len(kernels) * C', T, ...)
-    with T = frames - taps + 1.
+    forward(x, kernels): the outputs of each of `kernels`, one after the other in the channels:
+    (B, len(kernels) * C', T, H, W) with T = frames - taps + 1.
     """
 
     def forward(self, x: Tensor, kernels: Sequence[Taps] = ()) -> Tensor:
