@@ -11,6 +11,7 @@ from vae_cases import TINY, build, close, diffusers_twin, random
 
 from cogvideox.live_memory import LiveMemory
 from cogvideox.traffic import Traffic
+from cogvideox.vae import norms
 from cogvideox.vae.autoencoder import CausalVAE
 from cogvideox.vae.blocks import ResBlock, double_frames
 from cogvideox.vae.causal_conv import CausalConv3d
@@ -116,16 +117,24 @@ def test_a_single_frame_costs_a_third_of_its_published_products(vae):
     assert 2.8 < theirs / ours <= 3  # the convolutions that halve height and width are 2D
 
 
-def test_a_decode_moves_940_gb_and_an_encode_430(vae):
-    """With torch's plain operations, as the counter counts: what is overwritten as read too (without: 866 and 392).
-    diffusers 1303 and 402."""
-    for run, at_most in (
-        (lambda: vae.decode(empty(*LATENTS)), 940e9),
-        (lambda: vae.encode(empty(*VIDEO)), 430e9),
-    ):
-        with torch.no_grad(), Traffic() as traffic:
-            run()
-        assert 0.95 * at_most < traffic.bytes <= at_most
+def traffic_gb(run: Callable[[], object]) -> float:
+    with torch.no_grad(), Traffic() as traffic:
+        run()
+    return traffic.bytes / 1e9
+
+
+def test_a_decode_moves_650_gb_and_an_encode_370(vae):
+    """On CUDA, where norm, modulation and SiLU are two kernels; diffusers 1303 and 402."""
+    assert 620 < traffic_gb(lambda: vae.decode(empty(*LATENTS))) <= 650
+    assert 350 < traffic_gb(lambda: vae.encode(empty(*VIDEO))) <= 370
+
+
+def test_torchs_plain_operations_need_no_more_memory_than_the_kernels(vae, monkeypatch):
+    """And move 940 and 430 GB as the counter counts, which takes what is overwritten as read too (without: 866, 392)."""
+    monkeypatch.setattr(norms, "is_fused", lambda x: False)
+    assert peak_gb(vae.decode, *LATENTS) <= 6.0 and peak_gb(vae.encode, *VIDEO) <= 4.2
+    assert traffic_gb(lambda: vae.decode(empty(*LATENTS))) <= 940
+    assert traffic_gb(lambda: vae.encode(empty(*VIDEO))) <= 430
 
 
 # --- the savings are exact -------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
     silu(GN(x) * y(z) + b(z))        z: the latents, in the decoder only
 
-`activated` does all of it where nothing is differentiated, in as few passes over `x` as torch's operations allow, and
-writes what the convolution reads: the frames before the chunk first.
+`activated` does all of it where nothing is differentiated, and writes what the convolution reads: the frames before the
+chunk first. On CUDA by kernels, in three passes over `x`; elsewhere in as few as torch's operations allow.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cogvideox.kernels.group_norm import is_fused, silu_of_group_norm
 from cogvideox.vae.causal_conv import CausalConv3d
 
 NORM_EPS = 1e-6
@@ -72,6 +73,12 @@ def activated(
     shape, past_frames = x.shape, 0 if past is None else past.shape[2]
     fields = None if z is None else (norm.conv_y(z), norm.conv_b(z))
     group_norm = norm if z is None else norm.norm_layer
+    if is_fused(x):
+        buffer = x if in_place else x.new_empty(*shape[:2], past_frames + shape[2], *shape[3:])
+        if past is not None:
+            buffer[:, :, :past_frames] = past
+        silu_of_group_norm(x, group_norm, fields, buffer[:, :, past_frames:], others_twice)
+        return buffer
     if in_place:
         middle = group_norm.num_groups // 2
         for first, end in itertools.pairwise(sorted({0, middle, group_norm.num_groups})):
