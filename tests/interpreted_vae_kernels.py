@@ -15,7 +15,7 @@ def _kernels_for_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norms, "is_fused", lambda x: True)
 
 
-# float32: sums of a few thousand terms. bfloat16: the result is rounded once, 2^-9, where torch's steps round three times.
+# float32: sums of a few thousand terms. bfloat16: the fields and the result are rounded, 2^-9 each.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
 

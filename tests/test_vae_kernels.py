@@ -1,4 +1,4 @@
-"""The Triton kernels of the VAE's norms without a GPU: their numbers, interpreted, and that they compile for an H200."""
+"""The Triton kernels of the VAE's norms without a GPU: their numbers, interpreted, and that they compile."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_a_decode_moves_650_gb_and_an_encode_370(vae):
 
 
 def test_torchs_plain_operations_need_no_more_memory_than_the_kernels(vae, monkeypatch):
-    """And move 940 and 430 GB as the counter counts, which takes what is overwritten as read too (without: 866, 392)."""
+    """And move 940 and 430 GB as the counter counts: what is overwritten is read too (without: 866, 392)."""
     monkeypatch.setattr(norms, "is_fused", lambda x: False)
     assert peak_gb(vae.decode, *LATENTS) <= 6.0 and peak_gb(vae.encode, *VIDEO) <= 4.2
     assert traffic_gb(lambda: vae.decode(empty(*LATENTS))) <= 940

@@ -3,8 +3,8 @@
     plane_moments    mean and squared deviations of pieces of each frame's channel         1 pass over the video
     scaled_silu      silu((x factor + offset) scale + shift), the norm being the factor      2 passes
 
-Triton on CUDA (on_cuda/group_norm.py); elsewhere `vae/norms.py` does the same with torch's operations, in 6. On the meta
-device the operators have their shapes, so that what is counted there is what happens on CUDA.
+Triton on CUDA (on_cuda/group_norm.py); elsewhere `vae/norms.py` does the same with torch's operations, in 6. On the
+meta device the operators have their shapes, so that what is counted there is what happens on CUDA.
 """
 
 from __future__ import annotations

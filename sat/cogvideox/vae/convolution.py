@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,6 +35,5 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == torch.float32 == weight.dtype
 
 
-@cache
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)

@@ -1,5 +1,6 @@
-"""Moments of pieces of frames, and scale, shift and SiLU: see kernels/group_norm.py. A program has one piece of one frame
-of one channel.
+"""Moments of pieces of frames, and scale, shift and SiLU: see kernels/group_norm.py.
+
+A program has one piece of one frame of one channel.
 """
 
 from __future__ import annotations
