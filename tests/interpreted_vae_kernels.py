@@ -15,8 +15,9 @@ def _kernels_for_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norms, "is_fused", lambda x: True)
 
 
-# float32: sums of a few thousand terms. bfloat16: the fields and the result are rounded, 2^-9 each.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
+# float32: sums of a few thousand terms. bfloat16: both fields and the result are rounded, 2^-9 of terms that may be
+# larger than their sum.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 
 
 @torch.no_grad()
@@ -28,9 +29,11 @@ def test_norm_modulation_and_silu(dtype: torch.dtype, scale: int, past_frames: i
     s = scale or 1
     x = (random(2, 6, 3, 15 * s, 20 * s) * 2 + 5).to(dtype)
     z = random(2, 5, 3, 15, 20, seed=2).to(dtype) if scale else None
+    torch.manual_seed(0)
     norm = norms.SpatialNorm(6, 5, 3) if scale else torch.nn.GroupNorm(3, 6, eps=norms.NORM_EPS)
     plain = norm.norm_layer if scale else norm
     plain.weight.copy_(random(6, seed=3)), plain.bias.copy_(random(6, seed=4))
+    norm.to(dtype)
     past = random(2, 6, past_frames, *x.shape[3:], seed=5).to(dtype) if past_frames else None
     for twice in (False, True):
         exact, wide = norm.double(), x.double()
