@@ -9,20 +9,18 @@ meta device the operators have their shapes, so that what is counted there is wh
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor, nn
+
+from cogvideox.kernels.forms import has_kernel
 
 PIECE = 4096
 """Pixels whose moments are taken together; a multiple of the warp."""
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
 
 def is_fused(x: Tensor) -> bool:
-    """Whether `x` lies where the kernels are; they compute in float32, so they are no form for float64."""
-    return x.is_meta or (x.is_cuda and HAS_TRITON and x.dtype != torch.float64)
+    """Whether `x` lies where the kernels are."""
+    return x.is_meta or (x.is_cuda and has_kernel(x))
 
 
 def silu_of_group_norm(
