@@ -46,7 +46,7 @@ ALLOWED = {
     "diffusion": set(),
     "kernels": set(),
     "model": {"kernels", "patterns", "recompute"},
-    "vae": set(),
+    "vae": {"kernels"},
     "cache": set(),
     "conditioning": {"cache"},
     "data": {"cache"},

@@ -20,6 +20,9 @@ RESERVE = 1.0 * 2**30
 # counted: tests/test_vae_memory.py.
 VAE_LIVE_TENSORS = 3.2
 
+# The same of one of several passes (4.2 GB for 9 frames): with the frames that its convolutions keep for the next.
+VAE_LIVE_TENSORS_IN_PASSES = 5.3
+
 Phases = dict[str, dict[str, float]]
 """Phase -> kind -> bytes."""
 
@@ -124,4 +127,5 @@ def encode_bytes(config: Config) -> float:
     width = min(data.width, (vae.tile_latent_width or data.width) * side)
     clips = 1 if vae.slice_batch else config.train.batch_size
     pixels = min(frames, data.num_frames) * height * width * clips
-    return VAE_LIVE_TENSORS * pixels * vae.channels * plan.BYTES[vae.precision]
+    live = VAE_LIVE_TENSORS if frames >= data.num_frames else VAE_LIVE_TENSORS_IN_PASSES
+    return live * pixels * vae.channels * plan.BYTES[vae.precision]

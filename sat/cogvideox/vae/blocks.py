@@ -6,15 +6,13 @@ k+1 latents. `starts_clip` says that frame 0 of the tensor at hand is that first
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cogvideox.vae.causal_conv import CausalConv3d, ConvCache, per_frame
-
-NORM_EPS = 1e-6
+from cogvideox.vae.causal_conv import CausalConv3d, ConvCache, joined, per_frame
+from cogvideox.vae.folded import DoublingConv2d
+from cogvideox.vae.norms import NORM_EPS, SpatialNorm, activated
 
 
 def halve_frames(x: Tensor, starts_clip: bool) -> Tensor:
@@ -30,49 +28,6 @@ def double_frames(x: Tensor, starts_clip: bool) -> Tensor:
         torch.arange(int(starts_clip), 2 * x.shape[2], device=x.device) // 2
     )  # 0 1 1 2 2 ..., else 0 0 1 1 ...
     return x.index_select(2, frames)
-
-
-class SpatialNorm(nn.Module):
-    """Group norm whose scale and shift are read from the latents at each place: GN(x) * y(z) + b(z)  (MoVQ, eq. 5,
-    arXiv:2209.09002).
-
-    x: (B, C, T, H, W);  z: (B, z_channels, T, H/s, W/s), latents that have been given as many frames as x.
-    """
-
-    def __init__(self, channels: int, z_channels: int, norm_groups: int):
-        super().__init__()
-        self.norm_layer = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
-        self.conv_y = CausalConv3d(z_channels, channels, kernel_size=1)
-        self.conv_b = CausalConv3d(z_channels, channels, kernel_size=1)
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        # A 1x1x1 convolution commutes with nearest-neighbour enlargement; upstream enlarges first, at s * s times the
-        # work.
-        return modulate(self.norm_layer(x), self.conv_y(z), self.conv_b(z))
-
-    def activate_in_place(self, x: Tensor, z: Tensor) -> Tensor:
-        """`x` overwritten by silu(forward(x, z)): half of the groups at a time, so that two of it never exist."""
-        scale, shift, norm = self.conv_y(z), self.conv_b(z), self.norm_layer
-        width = norm.num_channels // norm.num_groups
-        for first, end in itertools.pairwise(sorted({0, norm.num_groups // 2, norm.num_groups})):
-            part = slice(first * width, end * width)
-            h = F.group_norm(x[:, part], end - first, norm.weight[part], norm.bias[part], norm.eps)
-            x[:, part] = F.silu(modulate(h, scale[:, part], shift[:, part]), inplace=True)
-            del h
-        return x
-
-
-def modulate(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """h * scale + shift, written into `h`, the fields enlarged by nearest neighbours.
-
-    h: (B, C, T, s * H, s * W);  scale, shift: (B, C, T, H, W). Enlarged are only the rows of the fields; that all
-    s rows of h above a row of the field use it is a broadcast. A field at full resolution is over a gigabyte.
-    """
-    s = h.shape[3] // scale.shape[3]
-    rows = h.unflatten(3, (scale.shape[3], s))  # (B, C, T, H, s, s * W), a view
-    rows *= scale.repeat_interleave(s, dim=4).unsqueeze(4)
-    rows += shift.repeat_interleave(s, dim=4).unsqueeze(4)
-    return h
 
 
 class ResBlock(nn.Module):
@@ -98,7 +53,10 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv3d(in_channels, out_channels, kernel_size=1)
 
     def forward(
-        self, x: Tensor | list[Tensor], z: Tensor | None = None, cache: ConvCache | None = None
+        self,
+        x: Tensor | list[Tensor],
+        z: Tensor | None = None,
+        cache: ConvCache | None = None,
     ) -> Tensor:
         """x: a tensor; or, where nothing is differentiated, a list of one that is handed over: it is taken out,
         overwritten and freed as soon as it can be."""
@@ -110,25 +68,58 @@ class ResBlock(nn.Module):
         h += self.nin_shortcut(x) if self.changes_width else x
         return h
 
+    def doubled(self, held: list[Tensor], z: Tensor, cache: ConvCache | None, starts_clip: bool) -> Tensor:
+        """`forward` of `double_frames(x)` and `double_frames(z)`, where nothing is differentiated.
+
+        Doubled are the outputs of the first convolution and of the shortcut; before them each frame is taken once.
+        """
+        (x,) = held
+        past = self.conv1.past(cache)
+        past = None if past is None else past[:, :, -1:]  # the frame before, also shown twice
+        h = activated(self.norm1, held, z, past, others_twice=starts_clip)
+        total = double_frames(self.nin_shortcut(x) if self.changes_width else x, starts_clip)
+        del x
+        h = [self.conv1.doubled(h, cache, starts_clip)]
+        return self._add_rest(total, h, double_frames(z, starts_clip), cache)
+
     def _consume(self, held: list[Tensor], z: Tensor | None, cache: ConvCache | None) -> Tensor:
-        x = held.pop()
+        (x,) = held
         total = self.nin_shortcut(x) if self.changes_width else x
+        del x
         if self.changes_width and z is not None:
             # The widest tensor of all enters the last level; the shortcut has been read from it, so it can go.
-            h = self.norm1.activate_in_place(x, z)
+            h = activated(self.norm1, held, z, in_place=True)
+            pieces = self.conv1.pieces(h, cache)
+            del h
         else:
-            h = F.silu(self.norm1(x) if z is None else self.norm1(x, z), inplace=True)
-        del x
-        pieces = self.conv1.pieces(h, cache)
-        del h
-        h = torch.cat(pieces, dim=2)
+            pieces = self._convolved(self.norm1, self.conv1, held, z, cache)
+        h = [joined(pieces)]
         del pieces
-        h = F.silu(self.norm2(h) if z is None else self.norm2(h, z), inplace=True)
+        return self._add_rest(total, h, z, cache)
+
+    def _add_rest(
+        self, total: Tensor, held: list[Tensor], z: Tensor | None, cache: ConvCache | None
+    ) -> Tensor:
+        """`total`, with the second half of the block added to it."""
         start = 0
-        for piece in self.conv2.pieces(h, cache):
+        for piece in self._convolved(self.norm2, self.conv2, held, z, cache):
             total[:, :, start : start + piece.shape[2]] += piece
             start += piece.shape[2]
         return total
+
+    def _convolved(
+        self,
+        norm: nn.Module,
+        conv: CausalConv3d,
+        held: list[Tensor],
+        z: Tensor | None,
+        cache: ConvCache | None,
+    ) -> list[Tensor]:
+        past = conv.past(cache)
+        past_frames = 0 if past is None else past.shape[2]
+        h = activated(norm, held, z, past)
+        del past
+        return conv.pieces_behind(h, past_frames, cache)
 
 
 class Downsample(nn.Module):
@@ -151,37 +142,18 @@ class Upsample(nn.Module):
     def __init__(self, channels: int, time: bool):
         super().__init__()
         self.time = time
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv = DoublingConv2d(channels, channels)
 
     def forward(self, x: Tensor, starts_clip: bool) -> Tensor:
         # The convolution works frame by frame: before the doubling it sees each frame once (upstream: after, twice).
-        kernels = doubling_kernels(self.conv.weight)
-        x = per_frame(lambda frame: convolve_doubled(frame, kernels, self.conv.bias), x)
+        x = torch.stack([self.conv(frame) for frame in x.unbind(2)], dim=2)
         return double_frames(x, starts_clip) if self.time else x
 
-
-def convolve_doubled(x: Tensor, kernels: list[Tensor], bias: Tensor) -> Tensor:
-    """The 3x3 convolution of `x` at twice its size (nearest neighbours): (B, C, H, W) -> (B, C', 2H, 2W).
-
-    Of each 2x2 output pixels every one sees only 2x2 different input pixels: four small convolutions of the small
-    image at 4/9 of the multiplications  (Shi et al. 2016, arXiv:1609.05158, the other way round).
-    """
-    phases = [
-        F.conv2d(F.pad(x, (1 - j, j, 1 - i, i)), kernel, bias)
-        for (i, j), kernel in zip(itertools.product((0, 1), repeat=2), kernels, strict=True)
-    ]
-    return F.pixel_shuffle(torch.stack(phases, dim=2).flatten(1, 2), 2)
-
-
-def doubling_kernels(weight: Tensor) -> list[Tensor]:
-    """The kernels of `convolve_doubled`: (C', C, 3, 3) -> four of (C', C, 2, 2), for even and odd rows x columns.
-
-    An even row sees the input row above and, with two taps, its own; an odd row its own and the one below.
-    """
-
-    def fold(w: Tensor, dim: int) -> list[Tensor]:
-        a, b, c = w.unbind(dim)
-        return [torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)]
-
-    # Summed in float32: in bfloat16 each tap is then rounded once.
-    return [kernel.to(weight.dtype) for rows in fold(weight.float(), 2) for kernel in fold(rows, 3)]
+    def consume(self, held: list[Tensor]) -> Tensor:
+        """Without the doubling of time, and without gradients: takes `x` out of the list and frees it at the end."""
+        x = held.pop()
+        height, width = x.shape[3:]
+        out = x.new_empty(*x.shape[:3], 2 * height, 2 * width)
+        for t in range(x.shape[2]):
+            self.conv(x[:, :, t], out[:, :, t])
+        return out

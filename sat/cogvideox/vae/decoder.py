@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cogvideox.vae.blocks import ResBlock, SpatialNorm, Upsample, double_frames
+from cogvideox.vae.blocks import ResBlock, Upsample, double_frames
 from cogvideox.vae.causal_conv import CausalConv3d, ConvCache, needs_graph
+from cogvideox.vae.norms import SpatialNorm, activated
 
 
 class DecoderLevel(nn.Module):
@@ -66,27 +67,41 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor, cache: ConvCache | None = None) -> Tensor:
         """Decode a whole clip (no cache) or the clip's next chunk, whose predecessors have filled `cache`."""
         starts_clip = not cache
-        differentiated = needs_graph(self, z, *(cache or {}).values())
+        if needs_graph(self, z, *(cache or {}).values()):
+            return self._differentiable(z, cache, starts_clip)
         held = [self.conv_in(z, cache)]  # in a list, so that a block can free what it was given
         for block in self.mid.values():
-            held = [self._run(block, held, z, cache, differentiated)]
+            held = [block(held, z, cache)]
+        doubles = False
         for level in reversed(self.up):
             for block in level.block:
-                held = [self._run(block, held, z, cache, differentiated)]
+                if doubles:
+                    held = [block.doubled(held, z, cache, starts_clip)]
+                    z = double_frames(z, starts_clip)
+                else:
+                    held = [block(held, z, cache)]
+                doubles = False
             if level.upsample is not None:
-                held = [level.upsample(held.pop(), starts_clip)]
-                if level.upsample.time:
-                    z = double_frames(
-                        z, starts_clip
-                    )  # the norms' condition keeps pace in time; space stays coarse
-        return self.conv_out(F.silu(self.norm_out(held.pop(), z), inplace=True), cache)
+                held = [level.upsample.consume(held)]
+                doubles = level.upsample.time
+        return self.conv_out(activated(self.norm_out, held, z), cache)
 
-    def _run(
-        self, block: ResBlock, held: list[Tensor], z: Tensor, cache: ConvCache | None, differentiated: bool
-    ) -> Tensor:
-        if not differentiated:
-            return block(held, z, cache)
+    def _differentiable(self, z: Tensor, cache: ConvCache | None, starts_clip: bool) -> Tensor:
+        x = self.conv_in(z, cache)
+        for block in self.mid.values():
+            x = self._run(block, x, z, cache)
+        for level in reversed(self.up):
+            for block in level.block:
+                x = self._run(block, x, z, cache)
+            if level.upsample is not None:
+                x = level.upsample(x, starts_clip)
+                if level.upsample.time:
+                    # The norms' condition keeps pace in time; space stays coarse.
+                    z = double_frames(z, starts_clip)
+        return self.conv_out(F.silu(self.norm_out(x, z), inplace=True), cache)
+
+    def _run(self, block: ResBlock, x: Tensor, z: Tensor, cache: ConvCache | None) -> Tensor:
         # A recomputed block would read the cache of a later chunk: chunks are never checkpointed.
         if self.checkpoint_activations and cache is None:
-            return checkpoint(block, held.pop(), z, use_reentrant=False)
-        return block(held.pop(), z, cache)
+            return checkpoint(block, x, z, use_reentrant=False)
+        return block(x, z, cache)

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cogvideox.vae.blocks import NORM_EPS, Downsample, ResBlock
+from cogvideox.vae.blocks import Downsample, ResBlock
 from cogvideox.vae.causal_conv import CausalConv3d, ConvCache, needs_graph
+from cogvideox.vae.norms import NORM_EPS
 
 
 class EncoderLevel(nn.Module):
