@@ -36,6 +36,13 @@ def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
     return rows.unflatten(0, x.shape[:-1])
 
 
+def gelu_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x, from that of GELU(x)."""
+    if x.device.type == "cpu":
+        return _backward_operator(gradient, x)
+    return torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+
+
 def _is_one_product(linear: nn.Module) -> bool:
     """And nobody looks at what it gives.  (torchao's weights are no plain parameters.)"""
     if not isinstance(linear, nn.Linear) or type(linear.weight) is not nn.Parameter or linear.bias is None:
