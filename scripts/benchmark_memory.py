@@ -97,7 +97,7 @@ def fused_attention() -> Iterator[None]:
     """The kernel that a GPU picks: on the meta device torch would take the unfused one, with a table of S x S."""
     before = nn.functional.scaled_dot_product_attention
 
-    def flash(query: Tensor, key: Tensor, value: Tensor, attn_mask: None = None) -> Tensor:
+    def flash(query: Tensor, key: Tensor, value: Tensor, attn_mask: None = None, **_: Any) -> Tensor:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
     nn.functional.scaled_dot_product_attention = flash

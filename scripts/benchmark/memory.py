@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+_ONLY = "work"  # the name of one that has none
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,13 @@ class Peak:
 
 def peak_of(case: str, *arguments: Any, device: str = "cpu") -> Peak:
     """case: "module:function"; arguments: what json can hold. RuntimeError with the output of a process that fails."""
+    return peaks_of(case, *arguments, device=device)[_ONLY]
+
+
+def peaks_of(case: str, *arguments: Any, device: str = "cpu") -> dict[str, Peak]:
+    """The same for a case that returns several pieces of work by name, measured one after the other in one process.
+
+    Work that does not fit into a GPU is left out."""
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise RuntimeError("peak memory of a process is read from /proc, so it needs Linux")
     command = [sys.executable, "-m", "scripts.benchmark.memory", device, case, json.dumps(arguments)]
@@ -53,15 +61,31 @@ def peak_of(case: str, *arguments: Any, device: str = "cpu") -> Peak:
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{case}{arguments} failed in its process:\n{done.stdout}{done.stderr}")
-    return Peak(**json.loads(done.stdout.splitlines()[-1]))
+    return {name: Peak(**peak) for name, peak in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-def _measure(case: str, arguments: list[Any], device: str) -> Peak:
+def _measure(case: str, arguments: list[Any], device: str) -> dict[str, Peak]:
     module, _, name = case.partition(":")
-    work = getattr(importlib.import_module(module), name)(*arguments)
-    work()
-    gc.collect()
-    return _device_peak(work) if device == "cuda" else _resident_peak(work)
+    works = getattr(importlib.import_module(module), name)(*arguments)
+    works = works if isinstance(works, dict) else {_ONLY: works}
+    peaks = {name: _peak(work, device) for name, work in works.items()}
+    return {name: peak for name, peak in peaks.items() if peak is not None}
+
+
+def _peak(work: Any, device: str) -> Peak | None:
+    """None for work that does not fit into the GPU."""
+    if device == "cpu":
+        work()
+        gc.collect()
+        return _resident_peak(work)
+    import torch
+
+    try:
+        work()
+        gc.collect()
+        return _device_peak(work)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _resident_peak(work: Any) -> Peak:
@@ -98,4 +122,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     used_device, used_case, encoded = sys.argv[1:]
     result = _measure(used_case, json.loads(encoded), used_device)
-    print(json.dumps(asdict(result)))
+    print(json.dumps({name: asdict(peak) for name, peak in result.items()}))
