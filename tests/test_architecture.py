@@ -52,7 +52,7 @@ ALLOWED = {
     "data": {"cache"},
     "weights": {"patterns"},
     "lora_sizes": {"config", "patterns"},
-    "flops": {"config", "recompute"},
+    "flops": {"config", "patterns", "recompute"},
     "plan": {"config", "config_merge", "lora_sizes"},
     "planning": {"config", "flops", "gpus", "lora_sizes", "optimizer_names", "plan", "recompute"},
     "phases": set(),

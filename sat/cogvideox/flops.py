@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 from cogvideox.config import Config, DataConfig, SampleConfig, TransformerConfig, latent_frames
+from cogvideox.patterns import matcher
 from cogvideox.recompute import Budget, read_recompute
 
 
@@ -97,9 +98,16 @@ def recomputed_flops(config: Config, clip: Clip, adapters: int = 0) -> Flops:
     adapted = _adapter_flops(clip, adapters) / t.num_layers
     if policy.what == "products":
         return Flops(blocks * adapted, 0.0)
-    layer = 24 * s * d * d + 2 * t.time_embed_dim * 12 * d
+    # A block is computed again as far as it saved something: without the MLP's second product, where that is frozen.
+    again = 24 if config.lora is None or adapts(config, "mlp.dense_4h_to_h") else 16
+    layer = again * s * d * d + 2 * t.time_embed_dim * 12 * d
     attention = blocks * 4.0 * s * s * d if policy.what == "full" else 0.0
     return Flops(blocks * (layer + adapted), attention)
+
+
+def adapts(config: Config, name: str) -> bool:
+    """Whether the LoRA has this linear layer of the blocks."""
+    return any(matcher(pattern)(f"transformer.layers.0.{name}") for pattern in config.lora.layers)
 
 
 def _adapter_flops(clip: Clip, adapters: int) -> float:

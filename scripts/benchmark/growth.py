@@ -117,12 +117,12 @@ def run(settings: Settings) -> list[Row]:
     used = networks(settings.device, settings.quick)
     rows = list(scaling_rows())
     points = used.points
-    cases = [(settings.device, settings.quick, index) for index in range(len(points))]
-    peaks = peaks_of("scripts.benchmark.growth:memory_case", cases, device=settings.device)
+    case = "scripts.benchmark.growth:memory_case"
+    peaks = peaks_of(case, settings.device, settings.quick, device=settings.device)
     seconds = [fastest(work_of(used, point, settings.device), settings.device, 0.0) for point in points]
-    for point, spent, peak in zip(points, seconds, peaks, strict=True):
-        place = numbers(used, point)
-        rows.append(Row("growth", point.case, MEASURED, spent, memory={"above": peak.above}, counted=place))
+    for point, spent in zip(points, seconds, strict=True):
+        memory = {"above": peaks[point.case].above}
+        rows.append(Row("growth", point.case, MEASURED, spent, memory=memory, counted=numbers(used, point)))
     rows += transformer_lines(used, points, settings)
     rows += vae_lines(used, points, dict(zip(points, seconds, strict=True)))
     return rows
@@ -165,9 +165,9 @@ def vae_lines(used: Networks, points: tuple[Point, ...], seconds: dict[Point, fl
         yield Row("growth", point.case, CALCULATED, per_pixel * count, counted=numbers(used, point))
 
 
-def memory_case(device: str, quick: bool, index: int) -> Callable[[], None]:
+def memory_case(device: str, quick: bool) -> dict[str, Callable[[], None]]:
     used = networks(device, quick)
-    return work_of(used, used.points[index], device)
+    return {point.case: work_of(used, point, device) for point in used.points}
 
 
 def work_of(used: Networks, point: Point, device: str) -> Callable[[], None]:

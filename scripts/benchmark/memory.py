@@ -16,12 +16,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+_ONLY = "work"  # the name of one that has none
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,16 @@ class Peak:
 
 def peak_of(case: str, *arguments: Any, device: str = "cpu") -> Peak:
     """case: "module:function"; arguments: what json can hold. RuntimeError with the output of a process that fails."""
-    return peaks_of(case, [arguments], device=device)[0]
+    return peaks_of(case, *arguments, device=device)[_ONLY]
 
 
-def peaks_of(case: str, several: Sequence[Sequence[Any]], device: str = "cpu") -> list[Peak]:
-    """Of each of ``several`` arguments, one after the other in the same process."""
+def peaks_of(case: str, *arguments: Any, device: str = "cpu") -> dict[str, Peak]:
+    """The same for a case that returns several pieces of work by name, measured one after the other in one process.
+
+    Work that does not fit into a GPU is left out."""
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise RuntimeError("peak memory of a process is read from /proc, so it needs Linux")
-    command = [sys.executable, "-m", "scripts.benchmark.memory", device, case, json.dumps(several)]
+    command = [sys.executable, "-m", "scripts.benchmark.memory", device, case, json.dumps(arguments)]
     # Large tensors are then given back to the system when they die, not kept by the allocator.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
     environment["PYTHONPATH"] = os.pathsep.join(
@@ -58,16 +60,32 @@ def peaks_of(case: str, several: Sequence[Sequence[Any]], device: str = "cpu") -
     )
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{case} of {several} failed in its process:\n{done.stdout}{done.stderr}")
-    return [Peak(**peak) for peak in json.loads(done.stdout.splitlines()[-1])]
+        raise RuntimeError(f"{case}{arguments} failed in its process:\n{done.stdout}{done.stderr}")
+    return {name: Peak(**peak) for name, peak in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-def _measure(case: str, arguments: list[Any], device: str) -> Peak:
+def _measure(case: str, arguments: list[Any], device: str) -> dict[str, Peak]:
     module, _, name = case.partition(":")
-    work = getattr(importlib.import_module(module), name)(*arguments)
-    work()
-    gc.collect()
-    return _device_peak(work) if device == "cuda" else _resident_peak(work)
+    works = getattr(importlib.import_module(module), name)(*arguments)
+    works = works if isinstance(works, dict) else {_ONLY: works}
+    peaks = {name: _peak(work, device) for name, work in works.items()}
+    return {name: peak for name, peak in peaks.items() if peak is not None}
+
+
+def _peak(work: Any, device: str) -> Peak | None:
+    """None for work that does not fit into the GPU."""
+    if device == "cpu":
+        work()
+        gc.collect()
+        return _resident_peak(work)
+    import torch
+
+    try:
+        work()
+        gc.collect()
+        return _device_peak(work)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _resident_peak(work: Any) -> Peak:
@@ -103,5 +121,5 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     used_device, used_case, encoded = sys.argv[1:]
-    results = [_measure(used_case, arguments, used_device) for arguments in json.loads(encoded)]
-    print(json.dumps([asdict(result) for result in results]))
+    result = _measure(used_case, json.loads(encoded), used_device)
+    print(json.dumps({name: asdict(peak) for name, peak in result.items()}))

@@ -16,9 +16,10 @@ from cogvideox.weights import transformer_keys, vae_keys
 @torch.no_grad()
 def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
     """Random values everywhere, so that no zero-initialised part hides an error; activations stay near 1."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(net.parameters()).device  # draws there: 5 billion on a CPU take minutes
+    generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in net.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        noise = torch.randn(parameter.shape, generator=generator, device=device).to(parameter.dtype)
         if parameter.ndim == 1:
             parameter.copy_(noise * 0.1 + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
         else:

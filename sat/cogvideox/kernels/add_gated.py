@@ -89,12 +89,15 @@ def _(gradient, branch, gate, text_length):
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, branch, gate, ctx.text_length = inputs
-    # Where adaLN is frozen, the branch is not kept.
-    ctx.save_for_backward(branch if ctx.needs_input_grad[2] else None, gate)
+    # Where adaLN is frozen, the branch is not kept, and the gate is held without being saved: a block is computed again
+    # as far as it saved something, and its last product is of no more use then (model/frozen_mlp.py).
+    trains = ctx.needs_input_grad[2]
+    ctx.gate = None if trains else gate
+    ctx.save_for_backward(*((branch, gate) if trains else ()))
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple:
-    branch, gate = ctx.saved_tensors
+    branch, gate = ctx.saved_tensors or (None, ctx.gate)
     of_branch, sums = _backward_operator(gradient, branch, gate, ctx.text_length)
     return gradient, of_branch, None if branch is None else to_pair(sums, gate), None
 

@@ -43,6 +43,13 @@ def _flops(bias: Any, rows: Any, weight: Any, *_: Any, out_shape: Any = None, **
     return mm_flop(rows, weight)
 
 
+def gelu_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x, from that of GELU(x)."""
+    if x.device.type == "cpu":
+        return _backward_operator(gradient, x)
+    return torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+
+
 def _is_one_product(linear: nn.Module) -> bool:
     """And nobody looks at what it gives.  (torchao's weights are no plain parameters.)"""
     if not isinstance(linear, nn.Linear) or type(linear.weight) is not nn.Parameter or linear.bias is None:

@@ -30,3 +30,14 @@ class Linear(nn.Linear):
 def has_bf16_products() -> bool:
     """Whether torch multiplies bf16 matrices by instructions of this CPU."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def is_frozen(*layers: nn.Module) -> bool:
+    """Plain linear layers that do not train and are whole here, and that nobody watches or fills as they are called."""
+    return all(
+        type(layer) in (Linear, nn.Linear)
+        and not layer.weight.requires_grad
+        and not hasattr(layer.weight, "ds_id")  # ZeRO-3 gathers a weight when its layer is called
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        for layer in layers
+    )

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvideox.model.linear import is_frozen
+from cogvideox.model.lora_product import adapted_product
 from cogvideox.model.quantize import QuantizedLinear
 from cogvideox.patterns import check_used, matcher, value_of
 
@@ -79,6 +81,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in). Returns (..., out)."""
+        if self._is_one_operation(x):
+            base = self.original
+            matrices = tuple(self.matrix_A), tuple(self.matrix_B)
+            return adapted_product(x, base.weight, base.bias, *matrices, self.scale)
         down = torch.cat(tuple(self.matrix_A))  # q, k and v read x once: (parts * r, in)
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
         low = self.scale * F.linear(dropped.to(down.dtype), down)
@@ -92,6 +98,19 @@ class LoRALinear(nn.Module):
         ratio = (1 + self.magnitude_gain.to(lengths.dtype)) * lengths
         product = y if self.original.bias is None else y - self.original.bias.to(y.dtype)
         return y + (ratio - 1).to(y.dtype) * product + ratio.to(y.dtype) * update.to(y.dtype)
+
+    def _is_one_operation(self, x: Tensor) -> bool:
+        """Training on a frozen linear layer, in its dtype, with nothing between the products."""
+        base = self.original
+        return (
+            torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()  # which fuses what follows a product by itself
+            and is_frozen(base)
+            and x.dtype == base.weight.dtype == self.matrix_A[0].dtype
+            and self.magnitude_gain is None
+            and self._order is None
+            and not (self.dropout and self.training)
+        )
 
     @torch.no_grad()
     def _lengths_ratio(self) -> Tensor:

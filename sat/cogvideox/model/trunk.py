@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from cogvideox.kernels.gelu import linear_gelu
 from cogvideox.model.attention import SelfAttention
 from cogvideox.model.checkpointing import Checkpointing
-from cogvideox.model.linear import Linear
+from cogvideox.model.frozen_mlp import frozen_mlp
+from cogvideox.model.linear import Linear, is_frozen
 
 CPU_ROWS = 512
 """Tokens that a CPU's MLP takes at a time, unless another number is set. The C library gets the memory of a larger
@@ -28,11 +29,13 @@ class MLP(nn.Module):
 
     ``chunk_rows``: without gradients, that many tokens at a time (None: all): the hidden layer, 4 D wide, is the
     largest tensor of the network, and no token sees another.
+    ``is_computed_again``: the hidden layer is not kept for the backward pass, see checkpointing.py.
     """
 
     def __init__(self, hidden_size: int, hooks: dict):
         super().__init__()
         self.chunk_rows: int | None = None
+        self.is_computed_again = False
         self.dense_h_to_4h = Linear(hidden_size, 4 * hidden_size)
         self.dense_4h_to_h = Linear(4 * hidden_size, hidden_size)
         self.hooks = hooks
@@ -40,6 +43,12 @@ class MLP(nn.Module):
     def forward(self, hidden_states: Tensor, **kw_args) -> Tensor:
         if "mlp_forward" in self.hooks:
             return self.hooks["mlp_forward"](hidden_states, **kw_args)
+        first, last = self.dense_h_to_4h, self.dense_4h_to_h
+        is_differentiated = torch.is_grad_enabled() and hidden_states.requires_grad
+        # A compiler finds out by itself what has to be computed again.
+        if self.is_computed_again and is_differentiated and not torch.compiler.is_compiling():
+            if is_frozen(first, last):
+                return frozen_mlp(hidden_states, first, last)
         rows = self._rows_at_a_time(hidden_states)
         if rows is None:
             return self._tokens(hidden_states)
@@ -91,11 +100,17 @@ class Trunk(nn.Module):
     ):
         super().__init__()
         self.hooks: dict[str, Callable] = {}  # filled by BaseModel.forward
-        self.checkpointing = Checkpointing(checkpoint_activations)
         self.layers = nn.ModuleList(
             TransformerLayer(i, hidden_size, num_attention_heads, self.hooks) for i in range(num_layers)
         )
         self.final_layernorm = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.keep(checkpoint_activations)
+
+    def keep(self, checkpoint_activations: Any) -> None:
+        """What each layer keeps for the backward pass from now on."""
+        self.checkpointing = Checkpointing(checkpoint_activations)
+        for index, layer in enumerate(self.layers):
+            layer.mlp.is_computed_again = self.checkpointing.policy.of_block(index) in ("selective", "full")
 
     @torch.no_grad()
     def init_weights(self) -> None:

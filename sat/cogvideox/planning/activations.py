@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cogvideox.config import Config
-from cogvideox.flops import clip_of
+from cogvideox.flops import adapts, clip_of
 from cogvideox.plan import BYTES
 from cogvideox.recompute import Recompute, read_recompute
 
@@ -27,6 +27,9 @@ PRODUCTS = 11.0
 # While a block's gradients are taken, beside what it has kept or computed again: gradients of tensors, of which the
 # largest are the hidden layer's. With frozen weights less is kept, and the GELU's gradient needs the room of two.
 TRANSIENT_FULL, TRANSIENT_FROZEN = 5.1, 9.0
+# With frozen weights and blocks computed again, the hidden layer comes in pieces of an eighth (model/frozen_mlp.py): it
+# is not among what a block has computed again (4), and the gradients are those of tensors of one unit.
+HIDDEN, TRANSIENT_IN_PIECES = 4.0, 5.45
 # The same at the end of the network, where the backward pass begins and no block computes again.
 ENDS_FULL, ENDS_FROZEN = 5.2, 8.1
 
@@ -68,6 +71,13 @@ def units_kept(config: Config) -> dict[str, float]:
     }
 
 
+def has_hidden_in_pieces(config: Config) -> bool:
+    """Whether the MLP of a block that is computed again is ``model.frozen_mlp``'s."""
+    lora, zero = config.lora, config.deepspeed.get("zero_optimization", {})
+    is_plain = lora is not None and lora.quantize_base is None and zero.get("stage", 2) != 3
+    return is_plain and not any(adapts(config, f"mlp.{name}") for name in ("dense_h_to_4h", "dense_4h_to_h"))
+
+
 def activations(config: Config) -> Activations:
     """Of one micro-step of ``train.batch_size`` clips. The policy must not be a budget."""
     t = config.model.transformer
@@ -80,18 +90,23 @@ def activations(config: Config) -> Activations:
     kept = sum(count * units[what] for what, count in policy.counts(t.num_layers).items())
     transient, ends = (TRANSIENT_FROZEN, ENDS_FROZEN) if frozen else (TRANSIENT_FULL, ENDS_FULL)
     last = policy.of_block(t.num_layers - 1)
+    again = units["none"]  # what a block has once it is computed again
+    if policy.what in ("selective", "full") and has_hidden_in_pieces(config):
+        again, transient = again - HIDDEN, TRANSIENT_IN_PIECES
     first_gradient = 0 if frozen else 4 * t.hidden_size**2 * size
     if policy.what == "none":
         start = ends
     elif last == policy.what:
-        start = units["none"] - units[last] + transient
+        start = again - units[last] + transient
+    elif frozen:  # at the last block, which keeps everything; its output is no other block's
+        start = ends + 1
     else:  # at the block before, computed again once the last one is gone; that one's gradients are there
         start = 1 + transient - units[policy.what]
         first_gradient *= 3
     return Activations(
         kept=kept * unit,
         start=(kept + start) * unit + first_gradient,
-        end=(units["none"] + transient) * unit,
+        end=(again + transient) * unit,
         # Its MLP's second product (4 of 12 D^2) has its gradient already.
         pending=0.0 if frozen else (8 * t.hidden_size + 12 * t.time_embed_dim) * t.hidden_size * size,
     )
