@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cogvideox.model.attention import attention_fn
 from cogvideox.model.modulation import Modulations, precompute_modulations
+from cogvideox.model.text_projection import ProjectedTexts
 from cogvideox.model.timestep import embedding_mlp, sinusoid
 from cogvideox.model.trunk import Trunk
 
@@ -87,6 +88,7 @@ class ExpertTransformer(BaseModel):
         self.in_channels, self.out_channels, self.patch_size = in_channels, out_channels, patch_size
         self.hidden_size, self.text_length, self.ofs_embed_dim = hidden_size, text_length, ofs_embed_dim
         self._modulations: Modulations | None = None
+        self._texts: ProjectedTexts | None = None
         self.geometry = {
             "num_layers": num_layers,
             "hidden_size": hidden_size,
@@ -134,7 +136,8 @@ class ExpertTransformer(BaseModel):
     ) -> Tensor:
         """Velocity of the latents ``x``.
 
-        x: (B, T, C, H, W), any size that the patch divides;  timesteps: (B,) in [0, 1000), integers or fractions;
+        x: (B, T, C, H, W), any size that the patch divides;  timesteps: (B,) in [0, 1000), integers or fractions, on
+        the device of x, or on the CPU, where reading them waits for nothing (``use_modulations`` does);
         context: (B, text_length, text_hidden_size);  concat_images: (B, T, C', H, W), C + C' = in_channels;
         ofs: a number or (B,), for networks with that input (published: 2.0).
         Returns (B, T, out_channels, H, W) in the dtype of x; inside, the network computes in its weights' dtype.
@@ -146,6 +149,8 @@ class ExpertTransformer(BaseModel):
         grid = (video.shape[1] // frames, video.shape[3] // height, video.shape[4] // width)
         emb = self.embed_time(timesteps, ofs)
         known = {} if self._modulations is None else self._modulations.at(timesteps, ofs, emb.device)
+        if self._texts is not None:
+            known["text"] = self._texts.of(context)
         velocity = super().forward(
             video.to(dtype),
             position_ids=None,
@@ -176,6 +181,18 @@ class ExpertTransformer(BaseModel):
         finally:
             self._modulations = before
 
+    @contextmanager
+    def project_texts_once(self) -> Iterator[None]:
+        """Inside, a ``context`` that is given again, the same tensor, is not projected again (text_projection.py).
+
+        For runs without gradients, in which neither the tensors nor the weights change.
+        """
+        before, self._texts = self._texts, ProjectedTexts.of_network(self)
+        try:
+            yield
+        finally:
+            self._texts = before
+
     def chunk_mlp(self, rows: int | None) -> None:
         """Let every MLP take ``rows`` tokens (of all items together) at a time where no gradient is kept; None: all."""
         if rows is not None and rows < 1:
@@ -185,11 +202,16 @@ class ExpertTransformer(BaseModel):
 
     def embed_time(self, timesteps: Tensor, ofs: Tensor | float | None = None) -> Tensor:
         """(B, E): the MLP of the timestep's sinusoid, plus that of ``ofs``. Sinusoids are float32, then cast."""
-        dtype = self.time_embed[0].weight.dtype
-        emb = self.time_embed(sinusoid(timesteps.reshape(-1), self.hidden_size).to(dtype))
+        weight = self.time_embed[0].weight
+        timesteps = _sent(timesteps.reshape(-1), weight.device)
+        emb = self.time_embed(sinusoid(timesteps, self.hidden_size).to(weight.dtype))
         if ofs is not None:
-            ofs = torch.as_tensor(ofs, dtype=torch.float32, device=emb.device).reshape(-1)
-            emb = emb + self.ofs_embed(sinusoid(ofs, self.ofs_embed_dim).to(dtype))
+            # A number reaches a GPU as the argument of a kernel; as a tensor it would be a copy that may wait.
+            is_number = isinstance(ofs, int | float)
+            ofs = torch.full((1,), float(ofs), device=weight.device) if is_number else ofs.float().reshape(-1)
+            emb = emb + self.ofs_embed(
+                sinusoid(_sent(ofs, weight.device), self.ofs_embed_dim).to(weight.dtype)
+            )
         return emb
 
     def _check_inputs(
@@ -232,6 +254,12 @@ class ExpertTransformer(BaseModel):
                 f"ofs={ofs} for a network with model.transformer.ofs_embed_dim={self.ofs_embed_dim}: "
                 + ("it needs ofs (2.0 at inference)" if ofs is None else "it has no ofs input")
             )
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``. From pinned memory, as any other copy to a GPU may wait for what is queued there."""
+    is_sent_to_gpu = device.type == "cuda" and values.device.type == "cpu"
+    return (values.pin_memory() if is_sent_to_gpu else values).to(device, non_blocking=True)
 
 
 def _check_geometry(
