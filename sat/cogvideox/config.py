@@ -18,6 +18,7 @@ from typing import Any
 
 from cogvideox.config_merge import ConfigError, Part, dump_yaml, merge_files, set_by_path, to_dataclass
 from cogvideox.config_names import spell_out
+from cogvideox.execution import check_attention
 from cogvideox.optimizer_names import check_zero
 from cogvideox.recompute import read_recompute
 
@@ -73,6 +74,9 @@ class TransformerConfig:
     # products: the outputs of linear layers and attention, half the memory for hardly more work. selective: the outputs
     # of attention. true or full: nothing. A whole number n: blocks 0, n, 2n ... as full, the others as none. "24 GiB":
     # the fastest of these whose planned peak fits.
+    attention: str = "auto"
+    # The attention kernel: flash, cudnn, efficient, math, fa3, fa4 (execution.py). auto: on a GPU each is timed and
+    # checked at the start, and a run that is resumed, or a video made again, goes on with the one it had.
 
 
 @dataclass
@@ -530,6 +534,7 @@ def _check_transformer(t: TransformerConfig) -> None:
         raise ConfigError(f"model.transformer.patch_size={t.patch_size}: expected three numbers [t, h, w]")
     try:
         read_recompute(t.checkpoint_activations)
+        check_attention(t.attention)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -27,6 +27,7 @@ from cogvideox.diffusion.partial import TailSchedule, noised_start
 from cogvideox.diffusion.reference import ReferenceTrajectory
 from cogvideox.diffusion.samplers import ddim, noise_source
 from cogvideox.dist import RandomStreams
+from cogvideox.model.attention_backends import activate
 from cogvideox.model.lora import freeze_base, merge_lora
 from cogvideox.model.parameter_groups import parameter_group
 from cogvideox.model.patch_embed import pad_front
@@ -130,6 +131,10 @@ class VideoDiffusion(nn.Module):
 
     # ------------------------------------------------------------------------------------------- weights, phases
 
+    def use_attention(self, backend: str) -> None:
+        """Let the network compute attention with a kernel that ``system_attention.settle_attention`` has made ready."""
+        self.transformer.attention_backend = backend
+
     def load_weights(self) -> list[LoadReport]:
         """Load what ``load`` names. Errors name the file, what it holds and what was expected; see ``weights.load``."""
         return load_weights(self)
@@ -169,6 +174,7 @@ class VideoDiffusion(nn.Module):
         self.eval().requires_grad_(False)
 
     def _place(self, device: torch.device) -> None:
+        activate(self.transformer.attention_backend, device)
         self.to(device)
         self.frozen_vae.place(device)
 

@@ -21,6 +21,7 @@ import torch
 from sat.model.base_model import BaseMixin, BaseModel
 from torch import Tensor
 
+from cogvideox.execution import AUTO, check_attention
 from cogvideox.model.attention import attention_fn
 from cogvideox.model.modulation import Modulations, precompute_modulations
 from cogvideox.model.text_projection import ProjectedTexts
@@ -42,6 +43,7 @@ class ExpertTransformer(BaseModel):
     ``num_frames`` counts pixel frames, ``latent_height`` and ``latent_width`` latents: the configured size, which
     limits only learned position tables. ``ofs_embed_dim``: the network has an ``ofs`` input (1.5-I2V) of that width.
     ``checkpoint_activations``: see recompute.py; false or none, products, selective, true or full, or a whole number.
+    ``attention``: the kernel, see execution.py; ``attention_backend`` may be set later, as a probe does.
     ``device="meta"`` allocates nothing; ``skip_init`` leaves the trunk's weights unset, for a checkpoint to fill.
     """
 
@@ -69,6 +71,7 @@ class ExpertTransformer(BaseModel):
         ofs_embed_dim: int | None = None,
         temporal_compression: int = 4,
         checkpoint_activations: Any = False,
+        attention: str = AUTO,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         skip_init: bool = False,
@@ -85,6 +88,8 @@ class ExpertTransformer(BaseModel):
                 trunk.init_weights()
 
         super().__init__(args=None, transformer=trunk)
+        check_attention(attention)
+        self.attention_backend = attention
         self.in_channels, self.out_channels, self.patch_size = in_channels, out_channels, patch_size
         self.hidden_size, self.text_length, self.ofs_embed_dim = hidden_size, text_length, ofs_embed_dim
         self._modulations: Modulations | None = None
@@ -159,6 +164,7 @@ class ExpertTransformer(BaseModel):
             emb=emb,
             grid=grid,
             text_length=context.shape[1],
+            backend=self.attention_backend,
             **known,
         )
         return velocity.to(x.dtype)
