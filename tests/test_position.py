@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformer_cases import inputs, randomise, tiny
 
+from cogvideox.kernels.norm_rotate import rotate_pairs
 from cogvideox.model.position import (
     LearnedPosition3D,
     RotaryPosition3D,
     rotary_3d,
-    rotate_pairs,
     sincos_3d,
     slice_learned_table,
 )

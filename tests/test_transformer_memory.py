@@ -7,7 +7,6 @@ import torch
 from transformer_cases import KINDS, full, inputs, randomise, tiny
 
 from cogvideox.live_memory import LiveMemory
-from cogvideox.model.position import rotate_pairs, rotate_pairs_
 
 
 @pytest.fixture
@@ -87,16 +86,6 @@ def test_without_gradients_the_numbers_are_those_of_training(kind: str) -> None:
     with torch.no_grad():
         inference = net(**inputs(net))
     assert torch.equal(inference, net(**inputs(net)))
-
-
-def test_rotation_in_place_is_the_rotation() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for heads in (3, 8, 48):
-        x = torch.randn(2, heads, 10, 32, generator=generator).bfloat16()
-        angle = torch.randn(10, 16, generator=generator)
-        expected = rotate_pairs(x, angle.cos(), angle.sin())
-        result = rotate_pairs_(x, angle.cos(), angle.sin())
-        assert result is x and torch.equal(x, expected)
 
 
 def test_queries_that_somebody_else_holds_are_not_overwritten() -> None:

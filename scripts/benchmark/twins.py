@@ -53,6 +53,7 @@ def transformer_twin(net: ExpertTransformer) -> nn.Module:
             use_rotary_positional_embeddings=rotary,
             use_learned_positional_embeddings=rotary and position.pos_embedding is not None,
         )
+    twin.to(next(net.parameters()).dtype)
     weights = transformer_keys.sat_to_diffusers(net.state_dict())
     twin.load_state_dict(weights, strict=True, assign=next(net.parameters()).is_meta)
     twin.norm_out.norm.eps = 1e-6  # diffusers has 1e-5 here, the published SAT code 1e-6
@@ -107,5 +108,6 @@ def vae_twin(vae: CausalVAE, **config: Any) -> nn.Module:
             temporal_compression_ratio=vae.temporal_compression,
             **config,
         )
+    twin.to(next(vae.parameters()).dtype)
     twin.load_state_dict(vae_keys.sat_to_diffusers(weights), assign=next(vae.parameters()).is_meta)
     return twin.eval()

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from sat.model.base_model import BaseMixin, non_conflict
 from torch import Tensor, nn
+
+from cogvideox.kernels.add_gated import add_gated
+from cogvideox.kernels.norm_modulate import gate_norm_modulate, norm_modulate
+from cogvideox.kernels.norm_rotate import Norms, norm_rotate
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -15,23 +21,9 @@ def zero_linear(in_features: int, out_features: int) -> nn.Linear:
     return linear
 
 
-def modulate(
-    x: Tensor, shift: tuple[Tensor, Tensor], scale: tuple[Tensor, Tensor], text_length: int
-) -> Tensor:
-    """x (1 + scale) + shift, with one (text, video) pair of (B or 1, 1, D) each.  x: (B, S, D), text first."""
-    # Split and concatenated, not chosen by a mask: eager forward + backward takes 4 instead of 9 to 12 ms (CPU,
-    # 2 x 1186 x 512), the compiled one the same, because inductor fuses either form into one kernel.
-    text, video = x.split((text_length, x.shape[1] - text_length), dim=1)
-    text = torch.addcmul(shift[0], text, 1 + scale[0])
-    video = torch.addcmul(shift[1], video, 1 + scale[1])
-    return torch.cat((text, video), dim=1)
-
-
-def add_gated(x: Tensor, branch: Tensor, gate: tuple[Tensor, Tensor], text_length: int) -> Tensor:
-    """x + gate * branch, with a (text, video) pair of gates (B or 1, 1, D).  x, branch: (B, S, D)."""
-    sizes = (text_length, x.shape[1] - text_length)
-    (x_text, x_video), (text, video) = x.split(sizes, dim=1), branch.split(sizes, dim=1)
-    return torch.cat((torch.addcmul(x_text, text, gate[0]), torch.addcmul(x_video, video, gate[1])), dim=1)
+def takes_head_norms(hook: Callable) -> bool:
+    """The hook below norms queries and keys itself: see ``RotaryPosition3D.attention_fn``."""
+    return getattr(getattr(hook, "func", hook), "takes_head_norms", False)
 
 
 class ExpertAdaLN(BaseMixin):
@@ -73,25 +65,43 @@ class ExpertAdaLN(BaseMixin):
 
         modulations: (layers, B or 1, 12 D), what the linear layers make of ``emb``, where it is known (modulation.py).
         """
+        # What is this layer's own is looked up here: the rest is the same for all layers.
         layer = self.transformer.layers[layer_id]
         kw_args |= {"layer_id": layer_id, "emb": emb, "text_length": text_length}
+        kw_args["head_norms"] = self._head_norms(layer_id)
         modulation = self.adaLN_modulations[layer_id](emb) if modulations is None else modulations[layer_id]
-        chunks = modulation[:, None].chunk(12, dim=-1)
-        pairs = zip(chunks[6:], chunks[:6], strict=True)  # (text, video); the weights hold video first
+        pairs = modulation.unflatten(-1, (2, 6, -1)).unbind(2)  # six (video, text) of (B or 1, 2, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = pairs
 
-        x = modulate(layer.input_layernorm(hidden_states), shift_msa, scale_msa, text_length)
-        hidden_states = add_gated(hidden_states, layer.attention(x, mask, **kw_args), gate_msa, text_length)
-        x = modulate(layer.post_attention_layernorm(hidden_states), shift_mlp, scale_mlp, text_length)
+        x = norm_modulate(hidden_states, layer.input_layernorm, shift_msa, scale_msa, text_length)
+        branch = layer.attention(x, mask, **kw_args)
+        norm = layer.post_attention_layernorm
+        hidden_states, x = gate_norm_modulate(
+            hidden_states, branch, gate_msa, norm, shift_mlp, scale_mlp, text_length
+        )
+        del branch  # not for the length of the MLP, where memory peaks
         return add_gated(hidden_states, layer.mlp(x, **kw_args), gate_mlp, text_length)
+
+    def _head_norms(self, layer_id: int) -> Norms | None:
+        if not self.qk_ln:
+            return None
+        return self.query_layernorm_list[layer_id], self.key_layernorm_list[layer_id]
 
     # Mixins added later wrap earlier ones: this one comes after the position embedding, so q and k are normed first.
     @non_conflict
     def attention_fn(
-        self, query: Tensor, key: Tensor, value: Tensor, *args, old_impl, layer_id: int, **kw_args
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args,
+        old_impl,
+        head_norms: Norms | None,
+        **kw_args,
     ) -> Tensor:
-        if self.qk_ln:
-            query = self.query_layernorm_list[layer_id](query)
-            key = self.key_layernorm_list[layer_id](key)
-            kw_args["may_overwrite"] = True  # new tensors, which nobody else holds
-        return old_impl(query, key, value, *args, layer_id=layer_id, **kw_args)
+        """head_norms: of queries and keys. A hook below that norms and rotates in one step is left both."""
+        if head_norms is not None and takes_head_norms(old_impl):
+            kw_args["head_norms"] = head_norms
+        elif head_norms is not None:
+            query, key = norm_rotate(query, key, head_norms)
+        return old_impl(query, key, value, *args, **kw_args)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from einops import rearrange
 from sat.model.base_model import replacable
 from torch import Tensor, nn
 
 from cogvideox.execution import AUTO
 from cogvideox.model.attention_backends import attend
+from cogvideox.model.linear import Linear
 from cogvideox.model.reference import attend_with_reference
 
 
@@ -51,8 +51,8 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_attention_heads: int, hooks: dict):
         super().__init__()
         self.num_attention_heads = num_attention_heads
-        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
-        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.query_key_value = Linear(hidden_size, 3 * hidden_size)
+        self.dense = Linear(hidden_size, hidden_size)
         self.hooks = hooks
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None, **kw_args) -> Tensor:
@@ -60,8 +60,8 @@ class SelfAttention(nn.Module):
         if "attention_forward" in self.hooks:
             return self.hooks["attention_forward"](hidden_states, mask, **kw_args)
         qkv = self.query_key_value(hidden_states)
-        query, key, value = torch.unbind(
-            rearrange(qkv, "b s (three n d) -> three b n s d", three=3, n=self.num_attention_heads)
-        )
+        # Unbound before heads and tokens change places: so their gradients meet in the product's order, without a copy.
+        rows = rearrange(qkv, "b s (three n d) -> b s three n d", three=3, n=self.num_attention_heads)
+        query, key, value = (part.transpose(1, 2) for part in rows.unbind(2))  # (B, heads, S, d)
         attended = self.hooks["attention_fn"](query, key, value, mask, None, **kw_args)
         return self.dense(rearrange(attended, "b n s d -> b s (n d)"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from einops import rearrange
 from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
+from cogvideox.kernels.norm_modulate import norm_modulate
 from cogvideox.model.adaln import zero_linear
 
 
@@ -44,8 +44,8 @@ class FinalLayer(BaseMixin):
         final_modulation: (B or 1, 2 D), what the linear layer makes of ``emb``, where it is known (modulation.py).
         """
         modulation = self.adaLN_modulation(emb) if final_modulation is None else final_modulation
-        shift, scale = modulation[:, None].chunk(2, dim=-1)
-        video = torch.addcmul(shift, self.norm_final(hidden_states[:, text_length:]), 1 + scale)
+        shift, scale = modulation[:, None].chunk(2, dim=-1)  # of the video alone: (B or 1, 1, D)
+        video = norm_modulate(hidden_states[:, text_length:], self.norm_final, shift, scale, text_length=0)
         (frames, height, width), (_, rows, columns) = self.patch_size, grid
         pattern = "b (t h w) (c o p q) -> b (t o) c (h p) (w q)"
         return rearrange(self.linear(video), pattern, h=rows, w=columns, o=frames, p=height, q=width)

@@ -7,6 +7,8 @@ from einops import rearrange
 from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
 
+from cogvideox.model.linear import Linear
+
 
 class PatchEmbed(BaseMixin):
     """Cuts latents into patches of ``patch_size`` (t, h, w), projects patches and text to the width, text first.
@@ -26,8 +28,8 @@ class PatchEmbed(BaseMixin):
                 in_channels, hidden_size, kernel_size=(height, width), stride=(height, width)
             )
         else:
-            self.proj = nn.Linear(in_channels * frames * height * width, hidden_size)
-        self.text_proj = nn.Linear(text_hidden_size, hidden_size)
+            self.proj = Linear(in_channels * frames * height * width, hidden_size)
+        self.text_proj = Linear(text_hidden_size, hidden_size)
         # Every patch is one row of a matrix product, so Xavier's fans are those of the flattened weight.
         nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
         nn.init.zeros_(self.proj.bias)

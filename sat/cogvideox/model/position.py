@@ -11,6 +11,8 @@ import torch
 from sat.model.base_model import BaseMixin, non_conflict
 from torch import Tensor, nn
 
+from cogvideox.kernels.norm_rotate import Norms, Rope, norm_rotate
+
 Grid = tuple[int, int, int]
 
 
@@ -84,26 +86,6 @@ def resized_region(size: tuple[int, int], trained: tuple[int, int]) -> list[tupl
         rows, columns = round(most_w / width * height), most_w
     top, left = round((most_h - rows) / 2), round((most_w - columns) / 2)
     return [(top, top + rows), (left, left + columns)]
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring channels: (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin), in float32.
-
-    x: (B, heads, S, head_dim); cos, sin: (S, head_dim / 2). Returns x's dtype.
-    """
-    # Upstream writes the rotated video tokens into q; out of place here, so that recomputation sees the same q.
-    # The float32 tables promote bfloat16 inside each product: no float32 copy of x is made or kept for the backward.
-    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.addcmul(x0 * cos, x1, sin, value=-1), torch.addcmul(x1 * cos, x0, sin)
-    return torch.stack(rotated, dim=-1).flatten(-2).to(x.dtype)
-
-
-def rotate_pairs_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``rotate_pairs`` written into ``x`` an eighth of the heads at a time: the same numbers, an eighth of the
-    float32 intermediates. Without gradients only."""
-    for heads in x.split(max(1, x.shape[1] // 8), dim=1):
-        heads.copy_(rotate_pairs(heads, cos, sin))
-    return x
 
 
 def slice_learned_table(table: Tensor, table_grid: Grid, grid: Grid, text_length: int) -> Tensor:
@@ -221,13 +203,15 @@ class RotaryPosition3D(BaseMixin):
         value: Tensor,
         *args,
         old_impl,
-        rope: tuple[Tensor, Tensor],
-        may_overwrite: bool = False,
+        rope: Rope,
+        head_norms: Norms | None = None,
         **kw_args,
     ) -> Tensor:
-        """may_overwrite: query and key belong to this call alone, so that without gradients they turn in place."""
-        rotate = rotate_pairs_ if may_overwrite and not torch.is_grad_enabled() else rotate_pairs
-        return old_impl(rotate(query, *rope), rotate(key, *rope), value, *args, **kw_args)
+        """head_norms: of queries and keys, where the mixin above leaves them to this one: both in one pass."""
+        query, key = norm_rotate(query, key, head_norms, rope)
+        return old_impl(query, key, value, *args, **kw_args)
+
+    attention_fn.takes_head_norms = True
 
 
 def _learned_table(hidden_size: int, grid: Grid, text_length: int) -> nn.Parameter:

@@ -271,7 +271,7 @@ def _torchao_bytes(module: nn.Module) -> int:
 def _linear_layers(net: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     for owner in list(net.transformer.layers.modules()):
         for name, child in list(owner.named_children()):
-            if type(child) is nn.Linear:
+            if isinstance(child, nn.Linear):
                 yield owner, name, child
 
 

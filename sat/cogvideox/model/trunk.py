@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvideox.kernels.gelu import linear_gelu
 from cogvideox.model.attention import SelfAttention
 from cogvideox.model.checkpointing import Checkpointing
+from cogvideox.model.linear import Linear
 
 
 class MLP(nn.Module):
@@ -28,8 +29,8 @@ class MLP(nn.Module):
     def __init__(self, hidden_size: int, hooks: dict):
         super().__init__()
         self.chunk_rows: int | None = None
-        self.dense_h_to_4h = nn.Linear(hidden_size, 4 * hidden_size)
-        self.dense_4h_to_h = nn.Linear(4 * hidden_size, hidden_size)
+        self.dense_h_to_4h = Linear(hidden_size, 4 * hidden_size)
+        self.dense_4h_to_h = Linear(4 * hidden_size, hidden_size)
         self.hooks = hooks
 
     def forward(self, hidden_states: Tensor, **kw_args) -> Tensor:
@@ -44,7 +45,7 @@ class MLP(nn.Module):
         return out
 
     def _tokens(self, hidden_states: Tensor) -> Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+        return self.dense_4h_to_h(linear_gelu(self.dense_h_to_4h, hidden_states))
 
 
 class TransformerLayer(nn.Module):
