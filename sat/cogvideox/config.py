@@ -18,7 +18,7 @@ from typing import Any
 
 from cogvideox.config_merge import ConfigError, Part, dump_yaml, merge_files, set_by_path, to_dataclass
 from cogvideox.config_names import spell_out
-from cogvideox.execution import check_attention
+from cogvideox.execution import check_attention, check_compile
 from cogvideox.optimizer_names import check_zero
 from cogvideox.recompute import read_recompute
 
@@ -77,6 +77,9 @@ class TransformerConfig:
     attention: str = "auto"
     # The attention kernel: flash, cudnn, efficient, math, fa3, fa4 (execution.py). auto: on a GPU each is timed and
     # checked at the start, and a run that is resumed, or a video made again, goes on with the one it had.
+    compile: str = "none"
+    # none, or blocks: torch.compile of one transformer block, which all blocks use, in training and sampling. The first
+    # step of each size takes up to a minute more.
 
 
 @dataclass
@@ -535,6 +538,7 @@ def _check_transformer(t: TransformerConfig) -> None:
     try:
         read_recompute(t.checkpoint_activations)
         check_attention(t.attention)
+        check_compile(t.compile)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from cogvideox.execution import AUTO, check_attention
 from cogvideox.model.attention import attention_fn
+from cogvideox.model.compiled_blocks import layer_runner
 from cogvideox.model.modulation import Modulations, precompute_modulations
 from cogvideox.model.text_projection import ProjectedTexts
 from cogvideox.model.timestep import embedding_mlp, sinusoid
@@ -44,6 +46,7 @@ class ExpertTransformer(BaseModel):
     limits only learned position tables. ``ofs_embed_dim``: the network has an ``ofs`` input (1.5-I2V) of that width.
     ``checkpoint_activations``: see recompute.py; false or none, products, selective, true or full, or a whole number.
     ``attention``: the kernel, see execution.py; ``attention_backend`` may be set later, as a probe does.
+    ``compile``: none or blocks, see execution.py.
     ``device="meta"`` allocates nothing; ``skip_init`` leaves the trunk's weights unset, for a checkpoint to fill.
     """
 
@@ -72,6 +75,7 @@ class ExpertTransformer(BaseModel):
         temporal_compression: int = 4,
         checkpoint_activations: Any = False,
         attention: str = AUTO,
+        compile: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         skip_init: bool = False,
@@ -90,6 +94,7 @@ class ExpertTransformer(BaseModel):
         super().__init__(args=None, transformer=trunk)
         check_attention(attention)
         self.attention_backend = attention
+        trunk.run_layer = layer_runner(compile)
         self.in_channels, self.out_channels, self.patch_size = in_channels, out_channels, patch_size
         self.hidden_size, self.text_length, self.ofs_embed_dim = hidden_size, text_length, ofs_embed_dim
         self._modulations: Modulations | None = None
@@ -154,6 +159,7 @@ class ExpertTransformer(BaseModel):
         grid = (video.shape[1] // frames, video.shape[3] // height, video.shape[4] // width)
         emb = self.embed_time(timesteps, ofs)
         known = {} if self._modulations is None else self._modulations.at(timesteps, ofs, emb.device)
+        modulations = known.pop("modulations", None)
         if self._texts is not None:
             known["text"] = self._texts.of(context)
         velocity = super().forward(
@@ -165,6 +171,7 @@ class ExpertTransformer(BaseModel):
             grid=grid,
             text_length=context.shape[1],
             backend=self.attention_backend,
+            of_layer=partial(self._of_layer, modulations=modulations),
             **known,
         )
         return velocity.to(x.dtype)
@@ -205,6 +212,11 @@ class ExpertTransformer(BaseModel):
             raise ValueError(f"MLP chunks of {rows} tokens: expected at least 1, or None for all at once")
         for layer in self.transformer.layers:
             layer.mlp.chunk_rows = rows
+
+    def _of_layer(self, index: int, **known: Any) -> dict[str, Any]:
+        """What the mixins hand to the hooks of one layer."""
+        parts = (m.of_layer(index, **known) for m in self.mixins.values() if hasattr(m, "of_layer"))
+        return {key: value for part in parts for key, value in part.items()}
 
     def embed_time(self, timesteps: Tensor, ofs: Tensor | float | None = None) -> Tensor:
         """(B, E): the MLP of the timestep's sinusoid, plus that of ``ofs``. Sinusoids are float32, then cast."""

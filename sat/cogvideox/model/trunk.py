@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cogvideox.kernels.gelu import linear_gelu
 from cogvideox.model.attention import SelfAttention
 from cogvideox.model.checkpointing import Checkpointing
+from cogvideox.model.compiled_blocks import run_layer
 from cogvideox.model.linear import Linear
 
 
@@ -81,6 +82,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.hooks: dict[str, Callable] = {}  # filled by BaseModel.forward
         self.checkpointing = Checkpointing(checkpoint_activations)
+        self.run_layer = run_layer
         self.layers = nn.ModuleList(
             TransformerLayer(i, hidden_size, num_attention_heads, self.hooks) for i in range(num_layers)
         )
@@ -103,8 +105,15 @@ class Trunk(nn.Module):
                 module.reset_parameters()
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, **kw_args
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        *,
+        of_layer: Callable[[int], dict[str, Any]] = lambda index: {},
+        **kw_args,
     ):
+        """of_layer: further arguments of the hooks that differ from layer to layer."""
         # Unlike in SAT, what the embedding hooks leave in `output_cross_layer` reaches every layer.
         cross_layer: dict[str, Any] = {}
         hidden_states = self.hooks["word_embedding_forward"](
@@ -119,5 +128,9 @@ class Trunk(nn.Module):
                 del position  # float32 and as large as the tokens: not for the length of the forward pass
         kw_args |= cross_layer
         for index, layer in enumerate(self.layers):
-            hidden_states = self.checkpointing.run(index, layer, hidden_states, attention_mask, **kw_args)
+            what = self.checkpointing.policy.of_block(index)
+            own = kw_args | of_layer(index)
+            hidden_states = self.run_layer(
+                self.checkpointing, what, layer, hidden_states, attention_mask, own
+            )
         return self.hooks["final_forward"](self.final_layernorm(hidden_states), **kw_args)
