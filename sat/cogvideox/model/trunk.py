@@ -128,7 +128,8 @@ class Trunk(nn.Module):
                 del position  # float32 and as large as the tokens: not for the length of the forward pass
         kw_args |= cross_layer
         for index, layer in enumerate(self.layers):
-            what = self.checkpointing.policy.of_block(index)
+            # Without gradients nothing is kept: then all blocks are one graph, whatever the policy.
+            what = self.checkpointing.policy.of_block(index) if torch.is_grad_enabled() else "none"
             own = kw_args | of_layer(index)
             hidden_states = self.run_layer(
                 self.checkpointing, what, layer, hidden_states, attention_mask, own
