@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +24,7 @@ class Linear(nn.Linear):
         return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
 
 
-@cache
+@torch.compiler.assume_constant_result  # a compiled graph would break here, also where the result is cached
 def has_bf16_products() -> bool:
     """Whether torch multiplies bf16 matrices by instructions of this CPU."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
