@@ -1,4 +1,4 @@
-"""The element-wise operators of a layer: plain forms against formulas, gradients against autograd, and torch's own check."""
+"""The element-wise operators of a layer: plain forms against formulas, their gradients, and torch's own check."""
 
 from __future__ import annotations
 

@@ -94,6 +94,26 @@ def test_diffusers_layers_move_what_was_counted_of_them_before(kind: str, known:
     assert passes(kind, in_diffusers) == pytest.approx(known + 2.0, abs=0.1)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("5b", 94.1), ("2b", 57.0)])
-def test_our_layers_move_less(kind: str, most: float) -> None:
-    assert passes(kind, ours) <= most < passes(kind, in_diffusers)
+@pytest.mark.parametrize(("kind", "most"), [("5b", 34.3), ("2b", 33.9)])
+def test_our_layers_move_what_their_fused_operators_and_products_must(kind: str, most: float) -> None:
+    """The bar is 45. By hand: norm and modulation 2, q|k|v 4, norm and rotation 4, attention 4, its output 2, gate with
+    norm and modulation 4, the MLP's two products 5 each, gate 3, and the weights once: 33 and 24 D^2 bytes (1.0)."""
+    assert passes(kind, ours) <= most < 45
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_nothing_is_copied_concatenated_or_cast_in_a_layer(kind: str) -> None:
+    calls = []
+    for layers in (1, 2):
+        with torch.no_grad():
+            calls.append(counted(ours(kind, layers)).calls)
+    assert sorted(calls[1] - calls[0]) == [
+        "_addmm_activation",
+        "_scaled_dot_product_flash_attention",
+        "add_gated",
+        "addmm",
+        "gate_norm_modulate",
+        "norm_modulate",
+        "norm_rotate",
+        "silu",  # of the time embedding: a row
+    ]

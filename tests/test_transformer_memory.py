@@ -21,17 +21,19 @@ def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def peak(
-    kind: str, *, chunk_rows: int | None, grad: bool = False, size: tuple[int, int] = (60, 90)
+    kind: str, *, chunk_rows: int | None, size: tuple[int, int] = (60, 90), unfused: bool = False
 ) -> LiveMemory:
     """A guidance pair of the published size: batch 2, 13 latents of 60 x 90, bfloat16."""
     net = full(kind, dtype=torch.bfloat16, num_layers=3, num_frames=49, latent_height=60, latent_width=90)
-    net.requires_grad_(grad)
     net.chunk_mlp(chunk_rows)
+    if unfused:  # somebody looks at the hidden layer before the GELU
+        for layer in net.transformer.layers:
+            layer.mlp.dense_h_to_4h.register_forward_hook(lambda *_: None)
     with torch.device("meta"):
         x = torch.empty(2, 13, 16, *size, dtype=torch.float32)
         context = torch.empty(2, 226, 4096, dtype=torch.bfloat16)
         timesteps = torch.zeros(2)
-        with LiveMemory() as memory, torch.set_grad_enabled(grad):
+        with LiveMemory() as memory, torch.no_grad():
             net(x, timesteps, context)
     return memory
 
@@ -46,17 +48,17 @@ def test_activations_of_a_guidance_pair_stay_under_the_bar(
     assert chunked.peak_operation == "_scaled_dot_product_flash_attention"  # and not the MLP
 
 
-def test_a_whole_mlp_would_miss_the_bar(fused_attention: None) -> None:
-    assert 2.4e9 < peak("5b", chunk_rows=None).peak_bytes < 2.45e9
-
-
 @pytest.mark.parametrize("size", [(60, 90), (90, 160)])
 def test_the_planner_s_constants_are_the_counted_peaks(fused_attention: None, size: tuple[int, int]) -> None:
-    from cogvideox.planning.sampling import LIVE_TENSORS, LIVE_TENSORS_CHUNKED
+    """With the GELU in its product the MLP is not the peak, and chunks of it save nothing; without (a LoRA beside the
+    weights, or eight-bit weights) they do."""
+    from cogvideox.planning.sampling import LIVE_TENSORS, LIVE_TENSORS_UNFUSED
 
     unit = 2 * (226 + 13 * size[0] * size[1] // 4) * 3072 * 2
-    for rows, constant in ((None, LIVE_TENSORS), (8192, LIVE_TENSORS_CHUNKED)):
-        counted = peak("5b", chunk_rows=rows, size=size).peak_bytes / unit
+    cases = {(None, False): LIVE_TENSORS, (8192, False): LIVE_TENSORS, (8192, True): LIVE_TENSORS}
+    cases[None, True] = LIVE_TENSORS_UNFUSED
+    for (rows, unfused), constant in cases.items():
+        counted = peak("5b", chunk_rows=rows, size=size, unfused=unfused).peak_bytes / unit
         assert counted <= constant <= 1.03 * counted
 
 

@@ -1,9 +1,9 @@
 """GELU in its tanh form (Hendrycks & Gimpel 2016, section 2).
 
-    GELU(x) = 0.5 x (1 + tanh u),  u = sqrt(2 / pi) (x + 0.044715 x^3)
+GELU(x) = 0.5 x (1 + tanh u),  u = sqrt(2 / pi) (x + 0.044715 x^3)
 
-    linear_gelu      GELU(linear(x)): in the product's epilogue where CUDA can, so that the hidden layer, the largest
-                     tensor of the network, is written once and not read and written again
+linear_gelu      GELU(linear(x)): in the product's epilogue where CUDA can, so that the hidden layer, the largest
+                 tensor of the network, is written once and not read and written again
 """
 
 from __future__ import annotations
@@ -29,12 +29,18 @@ def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
         hidden = linear(x)
         return F.gelu(hidden, approximate="tanh") if compiler_fuses(x) else _operator(hidden)
     # The gradient needs what goes into the GELU; an adapter's or an eight-bit product is more than one product.
-    is_plain = type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
-    if torch.is_grad_enabled() or not is_plain:
+    if torch.is_grad_enabled() or not _is_one_product(linear):
         return F.gelu(linear(x), approximate="tanh")
     # CUDA's epilogue is the tanh form. (A CPU's would be the other one, erf.)
     rows = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
     return rows.unflatten(0, x.shape[:-1])
+
+
+def _is_one_product(linear: nn.Module) -> bool:
+    """And nobody looks at what it gives.  (torchao's weights are no plain parameters.)"""
+    if not isinstance(linear, nn.Linear) or type(linear.weight) is not nn.Parameter or linear.bias is None:
+        return False
+    return not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -161,9 +161,7 @@ def _backward_operator(gradient, x, mean, rstd, weight, scale, text_length, sums
     schema="(Tensor outer, Tensor gradient, Tensor x, Tensor? branch, Tensor gate, "
     f"{_BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _gated_backward_operator(
-    outer, gradient, x, branch, gate, mean, rstd, weight, scale, text_length, sums
-):
+def _gated_backward_operator(outer, gradient, x, branch, gate, mean, rstd, weight, scale, text_length, sums):
     """Gradients of x and of branch, the two sums of the norm, and that of g branch (zeros where branch is None).
 
     outer: the gradient of x' that does not come through the norm.

@@ -103,7 +103,9 @@ def _turn_(rows: Tensor, cos: Tensor, sin: Tensor) -> None:
     pairs.mul_(torch.complex(cos.to(rows.dtype), sin.to(rows.dtype))[:, None])
 
 
-_SIDE = "Tensor? weight_q, Tensor? bias_q, Tensor? weight_k, Tensor? bias_k, float eps, Tensor? cos, Tensor? sin"
+_SIDE = (
+    "Tensor? weight_q, Tensor? bias_q, Tensor? weight_k, Tensor? bias_k, float eps, Tensor? cos, Tensor? sin"
+)
 
 
 @torch.library.custom_op(

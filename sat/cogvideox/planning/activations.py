@@ -13,14 +13,13 @@ from cogvideox.flops import clip_of
 from cogvideox.plan import BYTES
 from cogvideox.recompute import Recompute, read_recompute
 
-FULL = 23.0
-"""A block whose weights train: its input, two norms, two modulated tensors, q k v (3), q and k turned, attention's
-output and that output by token, both branches before their gates, the middle, the MLP's hidden layer before and after
-GELU (8)."""
+FULL = 20.0
+"""A block whose weights train: its input, two modulated tensors, q k v (3), q and k turned, attention's output, both
+branches before their gates, the middle, the MLP's hidden layer before and after GELU (8)."""
 
 FROZEN = 12.0
-"""A block whose weights are frozen: the same without what only weights and gates need (norms, modulated, GELU's output,
-attention's output by token, the branches)."""
+"""A block whose weights are frozen: the same without what only weights and gates need (modulated, GELU's output, the
+branches)."""
 
 PRODUCTS = 11.0
 """With ``products``: input, q k v (3), attention, its branch, the MLP's hidden layer (4) and its branch."""
@@ -29,7 +28,7 @@ PRODUCTS = 11.0
 # largest are the hidden layer's. With frozen weights less is kept, and the GELU's gradient needs the room of two.
 TRANSIENT_FULL, TRANSIENT_FROZEN = 5.1, 9.0
 # The same at the end of the network, where the backward pass begins and no block computes again.
-ENDS_FULL, ENDS_FROZEN = 7.0, 8.0
+ENDS_FULL, ENDS_FROZEN = 5.2, 8.1
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,14 @@ def units_kept(config: Config) -> dict[str, float]:
     t, lora, size = config.model.transformer, config.lora, BYTES[config.train.precision]
     per_head = size * t.hidden_size // t.num_attention_heads
     log_sum = 4 / per_head  # one fp32 number per token and head
-    norms = 16 / per_head  # mean and deviation of every query and key
+    norms = 16 / (size * t.hidden_size)  # mean and deviation of every token at two layer norms
     if lora is None:
         everything = FULL
     else:
         adapted = set(lora.layers)
         low = (3 * ("query_key_value" in adapted) + len(adapted - {"query_key_value"})) * lora.rank
-        # An adapter needs the input of its layer.
-        inputs = {"query_key_value": 1, "dense": 1, "dense_h_to_4h": 1, "dense_4h_to_h": 4}
+        # An adapter needs the input of its layer; that of ``dense``, attention's output, is kept anyway.
+        inputs = {"query_key_value": 1, "dense": 0, "dense_h_to_4h": 1, "dense_4h_to_h": 4}
         everything = FROZEN + sum(inputs.get(name, 1) for name in adapted) + low / t.hidden_size
     return {
         "none": everything + norms + log_sum,
@@ -81,9 +80,14 @@ def activations(config: Config) -> Activations:
     kept = sum(count * units[what] for what, count in policy.counts(t.num_layers).items())
     transient, ends = (TRANSIENT_FROZEN, ENDS_FROZEN) if frozen else (TRANSIENT_FULL, ENDS_FULL)
     last = policy.of_block(t.num_layers - 1)
-    again = units["none"] - units[last]
     first_gradient = 0 if frozen else 4 * t.hidden_size**2 * size
-    start = ends if last == "none" else again + transient
+    if policy.what == "none":
+        start = ends
+    elif last == policy.what:
+        start = units["none"] - units[last] + transient
+    else:  # at the block before, computed again once the last one is gone; that one's gradients are there
+        start = 1 + transient - units[policy.what]
+        first_gradient *= 3
     return Activations(
         kept=kept * unit,
         start=(kept + start) * unit + first_gradient,

@@ -14,11 +14,11 @@ from cogvideox import plan
 from cogvideox.config import Config
 from cogvideox.flops import clip_of
 
-LIVE_TENSORS = 11.1
-"""The network's peak in tensors of tokens x width, counted: in the MLP."""
+LIVE_TENSORS = 8.2
+"""The network's peak in tensors of tokens x width, counted: at the attention, whether the MLP runs in chunks or not."""
 
-LIVE_TENSORS_CHUNKED = 8.2
-"""The network's peak in tensors of tokens x width where the MLP runs in chunks: at the attention."""
+LIVE_TENSORS_UNFUSED = 11.1
+"""The same where the GELU is not in its product's epilogue and the MLP runs whole: in the MLP."""
 
 CHUNK_ROWS = 8192
 """Tokens of an MLP chunk: as many rows as a matrix product needs to keep a large GPU busy."""
@@ -135,11 +135,12 @@ def activation_bytes(config: Config, savings: Savings, quantize: str | None = No
     An edit with ``sample.reference_steps`` has the reference as a third item of the pair.
     """
     sample, t = config.sample, config.model.transformer
-    per_item = LIVE_TENSORS_CHUNKED if savings.mlp_chunks else LIVE_TENSORS
+    unfused = quantize is not None and not savings.mlp_chunks
+    per_item = LIVE_TENSORS_UNFUSED if unfused else LIVE_TENSORS
     live, size = 2 * per_item, plan.BYTES[sample.precision or "bf16"]
     if sample.invert and sample.reference_steps:
         # At the attention, with the pair's keys and values again, twice as long: 2 x 2 x 2 tensors of one item.
-        live = max(3 * per_item, 3 * LIVE_TENSORS_CHUNKED + 8)
+        live = max(3 * per_item, 3 * LIVE_TENSORS + 8)
     tokens = sample.batch_size * clip_of(config, sample).tokens
     cast = 4 * t.hidden_size**2 * size if quantize else 0
     return live * tokens * t.hidden_size * size + cast
