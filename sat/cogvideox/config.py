@@ -479,6 +479,7 @@ def check(config: Config) -> None:
             _check_previews(config)
         _check_validation(config.train)
         _check_torchao(config)
+        _check_compiled(config)
     for index, part in enumerate(config.model.conditions):
         length = part.params.get("max_length")
         if transformer is not None and length is not None and length != transformer.text_length:
@@ -506,6 +507,15 @@ def _check_torchao(config: Config) -> None:
         raise ConfigError(
             f"lora.quantize_base={method} does not work with deepspeed.zero_optimization.stage=3, which puts its own "
             f"linear operation in torch's place: use lora.quantize_base={method.removeprefix('torchao_')}, or stage 2"
+        )
+
+
+def _check_compiled(config: Config) -> None:
+    stage = (config.deepspeed.get("zero_optimization") or {}).get("stage", 2)
+    if stage == 3 and config.model.transformer is not None and config.model.transformer.compile != "none":
+        raise ConfigError(
+            f"model.transformer.compile={config.model.transformer.compile} does not work with deepspeed."
+            f"zero_optimization.stage=3, which brings the weights of a layer while it runs: use none, or stage 2"
         )
 
 

@@ -71,6 +71,11 @@ def choose_memory(config: Config, memory: str | None = None, device: torch.devic
             f"sample.quantize={sample.quantize}: torchao's weights cannot wait in host memory, as "
             f"sample.memory={memory} wants; use sample.quantize={own}, or sample.memory=fast"
         )
+    if chosen.savings.transformer == "by layers" and config.model.transformer.compile != "none":
+        raise ValueError(
+            f"model.transformer.compile={config.model.transformer.compile}: layers that pass through the device one by "
+            f"one, as sample.memory={memory} wants, cannot be compiled; set model.transformer.compile=none"
+        )
     logger.info("%s", chosen)
     available = _device_bytes(device)
     if available is not None and chosen.peak > available:
