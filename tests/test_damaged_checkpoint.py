@@ -124,6 +124,15 @@ def test_a_pointer_to_nothing_is_said_and_the_newest_checkpoint_taken(
     assert latest.read_text() == "6"  # mended
 
 
+def test_the_first_save_killed_before_its_pointer_is_no_damage(copy: Path) -> None:
+    for step in ("4", "6"):
+        shutil.rmtree(copy / "checkpoints" / step)
+    (copy / "checkpoints" / "latest").unlink()
+    assert make_trainer(run(copy)).step == 2
+    assert not [e for e in read_events(copy) if e["kind"] == "checkpoint_damaged"]
+    assert (copy / "checkpoints" / "latest").read_text() == "2"
+
+
 def test_two_damaged_ones_fall_back_twice(copy: Path) -> None:
     for step in ("4", "6"):
         flip_a_bit(copy / "checkpoints" / step / OPTIMIZER)

@@ -109,16 +109,28 @@ def test_frames_cut_off_by_an_edit_list_are_not_counted(tmp_path):
 def test_header_and_packets_agree_about_the_times(coded, monkeypatch):
     from_header = open_video(coded).timestamps
     monkeypatch.setattr(reader_module, "_constant_rate_from_header", lambda stream, path: None)
-    np.testing.assert_allclose(open_video(coded).timestamps, from_header, atol=1e-9)
+    from_packets = open_video(coded)
+    np.testing.assert_allclose(from_packets.timestamps, from_header, atol=1e-9)
+    assert decode_numbers(from_packets.get_frames([0, 50, 99])) == [0, 50, 99]
 
 
-def test_pyav_takes_over_where_decord_is_missing_or_fails(coded, monkeypatch, caplog):
+def test_decord_takes_over_where_pyav_fails_and_the_log_says_why(coded, monkeypatch, caplog):
+    pytest.importorskip("decord")
     caplog.set_level("INFO")
-    monkeypatch.setattr(reader_module, "_decord", lambda: None)
-    video = open_video(coded)
-    assert decode_numbers(video.get_frames([7])) == [7] and video.decoder == "pyav"
-    assert "decord is not installed" in caplog.text
 
+    def broken(self, left, short_cuts):
+        yield 7, np.zeros((48, 64, 3), np.uint8)  # it fails after the first picture
+        raise VideoError(f"{coded}: damaged")
+
+    monkeypatch.setattr(reader_module.VideoReader, "_decode", broken)
+    video = open_video(coded)
+    assert decode_numbers(video.get_frames([7, 9])) == [7, 9] and video.decoder == "decord"
+    assert f"{coded}: decoded by decord, because pyav: damaged" in caplog.text
+    with pytest.raises(VideoError, match=r"coded.mp4: pyav: damaged$"):
+        open_video(coded, "pyav").get_frames([7])
+
+
+def test_where_no_decoder_can_the_error_says_why_of_each(coded, monkeypatch):
     class Broken:
         DECORDError = RuntimeError
 
@@ -126,10 +138,18 @@ def test_pyav_takes_over_where_decord_is_missing_or_fails(coded, monkeypatch, ca
         def VideoReader(*args, **kwargs):
             raise RuntimeError("cannot seek\nstack trace")
 
+    def lost(self, left, short_cuts):
+        yield from ()
+
+    monkeypatch.setattr(reader_module.VideoReader, "_decode", lost)
     monkeypatch.setattr(reader_module, "_decord", lambda: Broken)
-    video = open_video(coded)
-    assert decode_numbers(video.get_frames([7])) == [7] and video.decoder == "pyav"
-    assert "decord fails: cannot seek" in caplog.text and "stack trace" not in caplog.text
+    with pytest.raises(
+        VideoError, match=r"pyav: frames \[7\] of 100 cannot be decoded; decord: cannot seek$"
+    ):
+        open_video(coded).get_frames([7])
+    monkeypatch.setattr(reader_module, "_decord", lambda: None)
+    with pytest.raises(VideoError, match="decord: not installed$"):
+        open_video(coded).get_frames([7])
 
 
 def test_a_turned_phone_video_is_shown_upright_by_both_decoders(tmp_path):
@@ -173,7 +193,7 @@ def test_damage_is_one_error_that_names_file_and_reason(tmp_path, coded):
 
 
 def test_truncation_is_seen_without_the_sample_table(tmp_path, monkeypatch):
-    """Older PyAV shows no sample table: the packets tell."""
+    """Where there is no sample table, the packets tell."""
     monkeypatch.setattr(reader_module, "_constant_rate_from_header", lambda stream, path: None)
     front = write(tmp_path / "f.mp4", coded_frames(100), container={"movflags": "faststart"}).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(front[: len(front) * 6 // 10])

@@ -1,14 +1,18 @@
-"""Reading video files: frame times from the container, pixels by decord, or by PyAV where decord cannot.
+"""Reading video files: frame times from the container, pixels by PyAV, or by decord where PyAV cannot.
 
-Opening a file decodes nothing. The frame times come from PyAV, so that they are exact and so that a damaged file is
-refused before training starts; decord then decodes only the frames asked for. decord is used first because it seeks
-fastest; it has no wheel for arm64 and fails on some files, and there PyAV decodes, with a line in the log.
+Opening a file decodes nothing. The frame times come from the container, so that they are exact and so that a damaged
+file is refused before training starts. PyAV then decodes what the wanted frames need, and hands them over one by one.
+It comes first because it is exact: decord (0.6) gives wrong pictures without a word where it skips a group of pictures
+that the next one refers to (open groups, which x265 makes by default). Where both are right they are equal to the
+byte, and PyAV needs two thirds of the time.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +22,10 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-DECODERS = ("auto", "decord", "pyav")
+ORDER = ("pyav", "decord")
+DECODERS = ("auto", *ORDER)
+DECODE_RULES = {"auto": "by PyAV", "pyav": "by PyAV", "decord": "by decord"}
+"""How each choice decodes, for digests of the result: it matters where decord is wrong."""
 
 
 class VideoError(ValueError):
@@ -39,22 +46,27 @@ def _decord() -> ModuleType | None:
     try:
         import decord
     except (ImportError, OSError) as error:  # OSError: a wheel whose shared library does not load
-        logger.info("decord is not available (%s): PyAV decodes all videos", error)
+        logger.info("decord is not available (%s)", error)
         return None
     decord.logging.set_level(decord.logging.FATAL)
     return decord
 
 
 @contextmanager
-def _open_container(path: Path) -> Iterator:
-    """A PyAV container with at least one video stream; FFmpeg's errors become ``VideoError``."""
+def _open_container(path: Path, probe: bool = True) -> Iterator:
+    """A PyAV container with at least one video stream; FFmpeg's errors become ``VideoError``.
+
+    probe: whether FFmpeg may decode the first pictures to find out what the headers do not say. It costs as much as
+    decoding a key frame (47 ms at 720p), and an mp4 says everything: also how far pictures stand out of order.
+    """
     av = _pyav()
     if not path.is_file():
         raise VideoError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise VideoError(f"{path}: the file is empty (0 bytes)")
     try:
-        with av.open(str(path)) as container:
+        # The option goes to the decoders that probe, not to the one that frames are read with.
+        with av.open(str(path), options={} if probe else {"skip_frame": "all"}) as container:
             if not container.streams.video:
                 raise VideoError(f"{path}: holds no video stream")
             yield container
@@ -69,7 +81,7 @@ def _stamps_from_packets(container, path: Path) -> np.ndarray:
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise VideoError(f"{path}: truncated, readable up to frame {len(stamps)}")
-        stamp = packet.dts if packet.pts is None else packet.pts  # AVI stores no pts
+        stamp = _stamp(packet)
         if stamp is not None and not packet.is_discard:  # discarded: cut off by an edit list, never shown
             stamps.append(stamp)
     if not stamps:
@@ -78,12 +90,16 @@ def _stamps_from_packets(container, path: Path) -> np.ndarray:
 
 
 def _constant_rate_from_header(stream, path: Path) -> np.ndarray | None:
-    """Seconds of each frame, from the sample table of an mp4 alone; None where the header cannot be trusted.
+    """Seconds of each frame, from the sample table of an mp4 alone; None where there is none to be trusted.
 
     The rate is constant where the average rate equals the base rate, the finest rate that the time stamps show.
     """
-    entries = getattr(stream, "index_entries", None)  # newer PyAV only
+    entries = stream.index_entries
     if not entries or len(entries) != stream.frames or not stream.average_rate:
+        return None
+    if "mp4" not in stream.container.format.name.split(
+        ","
+    ):  # AVI has a table too, but without the order of display
         return None
     # Discarded entries: frames that an edit list cuts off (decord counts and shows them).
     if stream.average_rate != stream.base_rate or any(entry.is_discard for entry in entries):
@@ -103,16 +119,26 @@ class VideoReader:
     def __init__(self, path: str | Path, decoder: str = "auto"):
         assert decoder in DECODERS, decoder
         self.path = Path(path)
-        with _open_container(self.path) as container:
+        with _open_container(self.path, probe=False) as container:
             stream = container.streams.video[0]
             timestamps = _constant_rate_from_header(stream, self.path)
-            if timestamps is None:
-                stamps = _stamps_from_packets(container, self.path)
-                # Divided last, so that each time is the float nearest to the exact fraction.
-                timestamps = (stamps - stamps[0]) * stream.time_base.numerator / stream.time_base.denominator
             self._header_rate = float(stream.average_rate or 0)
+            self._time_base, start = stream.time_base, stream.start_time or 0
+            # AVI stores no time of display: pictures count as they leave the decoder.
+            self._is_counted = container.format.name == "avi"
+        self._header_is_enough = timestamps is not None
+        if timestamps is None:
+            with _open_container(self.path) as container:
+                stamps = _stamps_from_packets(container, self.path)
+            # Divided last, so that each time is the float nearest to the exact fraction.
+            timestamps = (stamps - stamps[0]) * self._time_base.numerator / self._time_base.denominator
+            self._stamps, self._stamp_error = stamps.astype(np.float64), 0.0
+        else:
+            self._stamps = start + timestamps / float(self._time_base)
+            # Rounded to the time base by the one who wrote the file, in a way of his own.
+            self._stamp_error = 0.25 / self._header_rate / float(self._time_base)
         self.timestamps: np.ndarray = timestamps
-        self._wanted_decoder = decoder
+        self._decoders = ORDER if decoder == "auto" else (decoder,)
         self.decoder: str | None = None  # known after the first frames are read
 
     @property
@@ -132,76 +158,154 @@ class VideoReader:
 
     def get_frames(self, indices: Sequence[int]) -> np.ndarray:
         """(len(indices), H, W, 3) uint8 RGB. Indices may repeat and come in any order."""
-        indices = [int(i) for i in indices]
-        assert indices and min(indices) >= 0 and max(indices) < self.num_frames, (indices, self.num_frames)
-        if self._wanted_decoder != "pyav":
-            frames, reason = self._decode_by_decord(indices)
-            if frames is not None:
-                self.decoder = "decord"
-                return frames
-            if self._wanted_decoder == "decord":
-                raise VideoError(f"{self.path}: decord cannot decode it ({reason})")
-            logger.info("%s: decoded by PyAV, because decord %s", self.path, reason)
-        self.decoder = "pyav"
-        return self._decode_by_pyav(indices)
+        pictures = dict(self.frames(indices))
+        return np.stack([pictures[int(index)] for index in indices])
 
-    def _decode_by_decord(self, indices: list[int]) -> tuple[np.ndarray | None, str]:
-        """The frames, or None and the reason."""
+    def frames(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, (H, W, 3) uint8 RGB) of each of the frames once, in ascending order; only one is in memory.
+
+        Where one decoder fails on the way the other begins anew: then an index comes again, and the last one counts.
+        """
+        wanted = sorted({int(index) for index in indices})
+        assert wanted and wanted[0] >= 0 and wanted[-1] < self.num_frames, (wanted, self.num_frames)
+        by = {"pyav": self._by_pyav, "decord": self._by_decord}
+        failures = []
+        for decoder in self._decoders:
+            self.decoder = decoder
+            try:
+                if failures:
+                    logger.info("%s: decoded by %s, because %s", self.path, decoder, failures[-1])
+                yield from by[decoder](wanted)
+                return
+            except VideoError as error:
+                failures.append(f"{decoder}: {str(error).removeprefix(f'{self.path}: ')}")
+        raise VideoError(f"{self.path}: {'; '.join(failures)}")
+
+    def _by_decord(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         decord = _decord()
         if decord is None:
-            return None, "is not installed"
+            raise VideoError("not installed")
         try:
             # One thread: parallelism comes from the loader's workers, and idle threads survive a fork badly.
             reader = decord.VideoReader(str(self.path), num_threads=1)
             if len(reader) != self.num_frames:
-                return None, f"counts {len(reader)} frames instead of {self.num_frames}"
-            return reader.get_batch(indices).asnumpy(), ""
+                raise VideoError(f"counts {len(reader)} frames instead of {self.num_frames}")
+            for index in wanted:
+                yield index, reader[index].asnumpy()
         except (RuntimeError, decord.DECORDError) as error:
-            return None, f"fails: {str(error).splitlines()[0]}"
+            raise VideoError(str(error).splitlines()[0]) from error
 
-    def _decode_by_pyav(self, indices: list[int]) -> np.ndarray:
-        with _open_container(self.path) as container:
-            stamps = _stamps_from_packets(container, self.path)
-        if len(stamps) != self.num_frames:
-            raise VideoError(
-                f"{self.path}: the header lists {self.num_frames} frames, the file has {len(stamps)}"
-            )
-        wanted = {int(stamps[i]) for i in indices}
-        frames = self._collect(wanted, seek_to=min(wanted))
-        if len(frames) < len(wanted):  # the index of key frames was wrong: read from the start
-            frames = self._collect(wanted, seek_to=None)
-        if len(frames) < len(wanted):
-            missing = [i for i in sorted(set(indices)) if int(stamps[i]) not in frames]
-            raise VideoError(f"{self.path}: frames {missing[:8]} of {self.num_frames} cannot be decoded")
-        return np.stack([frames[int(stamps[i])] for i in indices])
+    def _by_pyav(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        left = dict.fromkeys(wanted)
+        # Again from the start, without any short cut, where the file's index of key frames is wrong.
+        for short_cuts in (True, False):
+            if left:
+                yield from self._decode(left, short_cuts)
+        if left:
+            raise VideoError(f"frames {list(left)[:8]} of {self.num_frames} cannot be decoded")
 
-    def _collect(self, wanted: set[int], seek_to: int | None) -> dict[int, np.ndarray]:
-        frames: dict[int, np.ndarray] = {}
-        with _open_container(self.path) as container:
+    def _decode(self, left: dict[int, None], short_cuts: bool) -> Iterator[tuple[int, np.ndarray]]:
+        """The frames of ``left``, which are taken out of it. Short cuts leave out what no wanted frame needs."""
+        with _open_container(self.path, probe=not self._header_is_enough) as container:
             stream = container.streams.video[0]
-            if seek_to is not None:
-                container.seek(seek_to, stream=stream, backward=True)
-            for frame in container.decode(stream):
-                stamp = frame.dts if frame.pts is None else frame.pts
-                if stamp in wanted:
+            context = stream.codec_context
+            context.thread_count = 1  # parallelism comes from the loader's workers
+            short_cuts = short_cuts and not self._is_counted
+            # In H.264 alone each picture says whether another one needs it; HEVC says it of a temporal layer.
+            skips = short_cuts and context.name == "h264"
+            keys = _KeyFrames(container, stream) if short_cuts else None
+            target = next(iter(left))
+            if keys and target > 0:
+                keys.jump(self._stamps[target])
+            reformatter = _pyav().video.reformatter.VideoReformatter()  # one: it keeps its tables
+            numbers = itertools.count()
+            for packet in container.demux(stream):
+                if keys and not keys.starts(packet):
+                    continue
+                if skips:
+                    is_wanted = self._index_at(_stamp(packet)) in left
+                    context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+                for frame in packet.decode():
+                    stamp = _stamp(frame)
+                    index = next(numbers) if self._is_counted else self._index_at(stamp)
+                    if index not in left or (keys and (frame.is_corrupt or not keys.is_whole(stamp))):
+                        continue
                     if frame.is_corrupt:
-                        raise VideoError(f"{self.path}: the picture at {float(frame.time):.3f} s is damaged")
-                    frames[stamp] = _as_shown(frame)
-                    if len(frames) == len(wanted):
-                        break
-        return frames
+                        raise VideoError(f"the picture at {float(frame.time):.3f} s is damaged")
+                    del left[index]
+                    yield index, _as_shown(frame, reformatter)
+                if not left:
+                    return
+                if keys and next(iter(left)) != target:
+                    target = next(iter(left))
+                    keys.jump(self._stamps[target])
+
+    def _index_at(self, stamp: int | None) -> int | None:
+        """The frame that is shown at this time, in units of the time base; None where none is."""
+        if stamp is None:
+            return None
+        index = int(np.searchsorted(self._stamps, stamp - self._stamp_error))
+        found = index < self.num_frames and self._stamps[index] <= stamp + self._stamp_error
+        return index if found else None
 
 
-def _as_shown(frame) -> np.ndarray:
+class _KeyFrames:
+    """Moves an open container to the key frame before a wanted picture, where that lies ahead."""
+
+    def __init__(self, container, stream):
+        self.container, self.stream = container, stream
+        self._position = -math.inf  # the latest time of a packet so far
+        self._whole_from = -math.inf
+        self._target: float | None = None  # of a jump whose first packet has yet to come
+
+    def jump(self, stamp: float) -> None:
+        """Go on at the last key frame before this time, if that has not been passed."""
+        entries = self.stream.index_entries  # empty where the file has no table
+        place = entries.search_timestamp(round(stamp)) if entries else -1
+        is_ahead = place >= 0 and entries[place].timestamp > self._position
+        if is_ahead or self._position == -math.inf:
+            self._target = stamp
+            self.container.seek(round(stamp), stream=self.stream, backward=True)
+
+    def starts(self, packet) -> bool:
+        """Note a packet. False where it must not be decoded, because the jump went too far.
+
+        A key frame is found by the time of its decoding. It may be shown after the wanted picture, which then needs the
+        group of pictures before (an open group).
+        """
+        stamp = _stamp(packet)
+        if stamp is None:
+            return True
+        if self._target is not None:
+            if stamp > self._target and packet.dts is not None:
+                self._target = math.inf  # once only
+                self.container.seek(packet.dts - 1, stream=self.stream, backward=True)
+                return False
+            self._target, self._whole_from = None, stamp
+        self._position = max(self._position, stamp)
+        return True
+
+    def is_whole(self, stamp: int) -> bool:
+        """False for pictures that are shown before the key frame of the last jump, and may lack their references."""
+        return stamp >= self._whole_from
+
+
+def _stamp(of) -> int | None:
+    """The time of a packet or frame in units of the time base. AVI stores no pts."""
+    return of.dts if of.pts is None else of.pts
+
+
+def _as_shown(frame, reformatter) -> np.ndarray:
     """(H, W, 3) uint8 RGB, turned as the file's display matrix says (decord does the same)."""
-    quarter_turns = round(getattr(frame, "rotation", 0) / 90)  # counter-clockwise; PyAV >= 14
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns))
+    picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    quarter_turns = round(frame.rotation / 90)  # counter-clockwise
+    return np.ascontiguousarray(np.rot90(picture, quarter_turns))
 
 
 def open_video(path: str | Path, decoder: str = "auto") -> VideoReader:
     """Open a video without decoding it.
 
-    decoder: "auto" (decord, else PyAV), "decord" or "pyav".  Raises ``VideoError`` for a file that is missing, empty,
+    decoder: "auto" (PyAV, else decord), "decord" or "pyav".  Raises ``VideoError`` for a file that is missing, empty,
     truncated or not a video.
     """
     if decoder not in DECODERS:

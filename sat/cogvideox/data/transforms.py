@@ -20,6 +20,8 @@ def cover_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int
 def resize_to_cover(video: Tensor, target: tuple[int, int]) -> Tensor:
     """Antialiased bicubic; aspect ratio kept; unchanged where the video already fits exactly.
 
+    Channels last in memory, as decoders give them, is a third faster; the result is then laid out like it.
+
     video: (F, C, h, w) uint8.  Returns (F, C, H', W') uint8 with H' >= target[0], W' >= target[1], one of them equal.
     """
     size = cover_size((video.shape[-2], video.shape[-1]), target)
@@ -28,18 +30,28 @@ def resize_to_cover(video: Tensor, target: tuple[int, int]) -> Tensor:
     return F.interpolate(video, size, mode="bicubic", antialias=True, align_corners=False)  # uint8 throughout
 
 
-def crop(
-    video: Tensor, target: tuple[int, int], how: str = "center", generator: torch.Generator | None = None
-) -> Tensor:
-    """Cut (F, C, h, w) down to (F, C, *target). ``how``: "center", or "random", drawn from ``generator``."""
-    room = (video.shape[-2] - target[0], video.shape[-1] - target[1])
-    assert min(room) >= 0, (video.shape, target)
+def crop_corner(
+    size: tuple[int, int],
+    target: tuple[int, int],
+    how: str = "center",
+    generator: torch.Generator | None = None,
+) -> tuple[int, int]:
+    """(top, left) of the part of ``size`` that is kept. ``how``: "center", or "random", drawn from ``generator``."""
+    room = (size[0] - target[0], size[1] - target[1])
+    assert min(room) >= 0, (size, target)
     if how == "center":
-        top, left = room[0] // 2, room[1] // 2
-    elif how == "random":
+        return room[0] // 2, room[1] // 2
+    if how == "random":
         if generator is None:
             raise ValueError("a random crop needs a generator")
         top, left = (int(torch.randint(r + 1, (), generator=generator)) for r in room)
-    else:
-        raise ValueError(f"crop={how!r}: expected one of {', '.join(CROPS)}")
+        return top, left
+    raise ValueError(f"crop={how!r}: expected one of {', '.join(CROPS)}")
+
+
+def crop(
+    video: Tensor, target: tuple[int, int], how: str = "center", generator: torch.Generator | None = None
+) -> Tensor:
+    """Cut (F, C, h, w) down to (F, C, *target). ``how`` and ``generator``: see ``crop_corner``."""
+    top, left = crop_corner((video.shape[-2], video.shape[-1]), target, how, generator)
     return video[..., top : top + target[0], left : left + target[1]].contiguous()

@@ -9,20 +9,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from cogvideox.cache.digests import FileDigests
 from cogvideox.data.fingerprint import clips_fingerprint
 from cogvideox.data.frames import FRAME_RULE, FrameSelection, check_frame_count, select_frames
 from cogvideox.data.layouts import Clip, find_clips
-from cogvideox.data.reader import VideoError, VideoReader, open_video, verify_video
-from cogvideox.data.transforms import CROPS, RESIZE_RULE, crop, resize_to_cover
+from cogvideox.data.reader import DECODE_RULES, DECODERS, VideoError, VideoReader, open_video, verify_video
+from cogvideox.data.transforms import CROPS, RESIZE_RULE, cover_size, crop_corner, resize_to_cover
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class VideoFolder(Dataset):
         that cannot be read or is too short. More than max_bad_fraction of such clips are an error all the same.
     scan: "headers" reads no pictures; "decode" also decodes every frame once, strictly, which alone finds damage inside
         a file; None looks at nothing before training.
-    decoder: "auto" (decord, else PyAV), "decord", "pyav".
+    decoder: "auto" (PyAV, else decord), "decord", "pyav".
 
     Item: video (F, 3, H, W) uint8, caption, key (path within the folder), fps (real, as a float; see ``report``).
     """
@@ -71,6 +72,7 @@ class VideoFolder(Dataset):
             ("on_missing_caption", on_missing_caption, _CHOICES),
             ("on_bad_clip", on_bad_clip, _CHOICES),
             ("scan", scan, ("headers", "decode", None)),
+            ("decoder", decoder, DECODERS),
         ):
             if value not in choices:
                 raise ValueError(f"data.{name}={value!r}: expected one of {', '.join(map(str, choices))}")
@@ -183,14 +185,34 @@ class VideoFolder(Dataset):
         """The clip as this epoch shows it (the crop may be random). ``VideoError`` where it cannot be decoded."""
         clip = self.clips[index]
         reader, selection = self._select(clip)
-        video = torch.from_numpy(reader.get_frames(selection.indices)).permute(0, 3, 1, 2)
         generator = None
         if self.crop == "random":
             text = f"{self.seed}/{epoch}/{clip.key}"
             digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        video = crop(resize_to_cover(video, self.size), self.size, self.crop, generator)
+        video = self._read(reader, selection.indices, generator)
         return {"video": video, "caption": clip.caption, "key": clip.key, "fps": selection.fps}
+
+    def _read(self, reader: VideoReader, indices: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        """(num_frames, 3, H, W) uint8. Each picture is brought to its size as it comes, so that only one is whole."""
+        height, width = self.size
+        video = torch.empty(len(indices), 3, height, width, dtype=torch.uint8)
+        places = defaultdict(list)  # a slow source shows a frame more than once
+        for place, index in enumerate(indices):
+            places[index].append(place)
+        shape, top, left = None, 0, 0
+        for index, picture in reader.frames(indices):
+            if shape is None:
+                shape = picture.shape
+                top, left = crop_corner(cover_size(shape[:2], self.size), self.size, self.crop, generator)
+            if picture.shape != shape:
+                raise VideoError(
+                    f"{reader.path}: its pictures change from {shape[:2]} to {picture.shape[:2]}"
+                )
+            # The batch's dimension first: only so does torch see that the channels come last.
+            resized = resize_to_cover(torch.from_numpy(picture[None]).permute(0, 3, 1, 2), self.size)
+            video[places[index]] = resized[..., top : top + height, left : left + width]
+        return video
 
     def describe(self, index: int) -> dict:
         """The item without its pixels: caption and key."""
@@ -217,7 +239,8 @@ class VideoFolder(Dataset):
         digest: of a file's bytes; a callable that remembers what it read saves the time of reading it again.
         """
         read = (digest or FileDigests(None))(self.clip_path(index))
-        return f"{read} {FRAME_RULE}; {RESIZE_RULE} {self._settings()}"
+        rules = f"{FRAME_RULE}; {DECODE_RULES[self.decoder]}; {RESIZE_RULE}"
+        return f"{read} {rules} {self._settings()}"
 
     def _settings(self) -> list:
         """All that changes which pixels of a file are seen."""

@@ -71,6 +71,8 @@ def _own(directory: Path) -> Candidates:
     name = _read(pointer)
     if name in {path.name for path in steps}:
         return Candidates([path for path in reversed(steps) if int(path.name) <= int(name)])
+    if name is None and len(steps) == 1:
+        return Candidates(steps)  # the first save, killed between its rename and its ``latest``
     said = "is missing" if name is None else f"names {name[:40]!r}, which is not there"
     return Candidates(steps[::-1], problem=f"{pointer} {said}")
 
