@@ -1,7 +1,7 @@
 """What the transformer's backward pass needs, in tensors of tokens x width ("units"), by what the blocks keep.
 
 Derived from the operations of a block and held against the count of live tensors at full size, forward and backward, on
-the meta device (tests/test_planned_activations.py, docs/memory.md).
+the meta device (tests/test_planning.py, docs/memory.md).
 """
 
 from __future__ import annotations
