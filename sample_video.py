@@ -97,6 +97,7 @@ def make_videos(arguments: argparse.Namespace, config: Config, todo: list[Target
     from cogvideox.sampling.memory import apply_memory, choose_memory
     from cogvideox.sampling.run import keeping, sample_all
     from cogvideox.system import VideoDiffusion
+    from cogvideox.system_attention import settle_attention
 
     dist.init()
     get_logger()  # from here on rank 0 speaks
@@ -105,7 +106,10 @@ def make_videos(arguments: argparse.Namespace, config: Config, todo: list[Target
         config.seed
     )  # parts without a checkpoint, such as an untrained network for comparison
     memory = choose_memory(config, device=dist.device())
+    recorded = read_sidecar(arguments.sidecar).get("attention") if arguments.sidecar else None
+    attention = settle_attention(config, dist.device(), training=False, recorded=recorded)
     system = VideoDiffusion(config)
+    system.use_attention(attention)
     if todo:
         requests = [target.request for target in todo]
         system.check_prompts([text for r in requests for text in (r.prompt, r.source_prompt) if text])

@@ -65,13 +65,14 @@ def train(config: Config) -> None:
     from cogvideox.engine.logging import get_logger
     from cogvideox.engine.optim import check_train_config
     from cogvideox.engine.resources import Resources
-    from cogvideox.engine.same_config import check_same_clips, check_same_run
+    from cogvideox.engine.same_config import check_same_clips, check_same_run, recorded
     from cogvideox.engine.shared_folder import check_shared
     from cogvideox.engine.trackers import check_trackers_start
     from cogvideox.engine.trainer import Trainer
     from cogvideox.evaluation.held_out import build_validation
     from cogvideox.report.run_report import write_report_if_possible
     from cogvideox.sampling.preview import Previews
+    from cogvideox.system_attention import settle_attention
     from cogvideox.system_cache import weights_digests, with_caches
     from cogvideox.weights.sources import Sources
 
@@ -96,8 +97,11 @@ def train(config: Config) -> None:
         if dist.is_main():
             warn_of_overlap(train_set, validation_set)
 
+    attention = settle_attention(config, dist.device(), training=True, recorded=recorded(config, "attention"))
     dist.seed_everything(config.seed)
     system = build(config.system, config=config)
+    if hasattr(system, "use_attention"):
+        system.use_attention(attention)
     if requests:
         if not hasattr(system, "sample_latents"):
             raise ConfigError(f"train.preview_prompts: {config.system.target} makes no videos; set it to []")
@@ -141,6 +145,7 @@ def train(config: Config) -> None:
             "dataset": fingerprint,
             "sources": sources.records(),
             "command": shlex.join(sys.argv),
+            "attention": attention,
         },
         work=work_of(config),
         resources=resources,

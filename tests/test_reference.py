@@ -270,7 +270,7 @@ def test_the_command_line_refuses_it_before_weights_are_read(overrides, message,
 @pytest.mark.parametrize("base", ["tiny_t2v.yaml", "tiny_i2v.yaml"])
 @pytest.mark.parametrize("part", [0.0, 0.5])
 def test_inversion_in_small_memory_is_inversion(part: float, base: str) -> None:
-    """Layers by turns, and modulations of no announced schedule: the inverse asks for timesteps upwards."""
+    """Layers by turns, and modulations from a table: the inverse asks for its timesteps upwards."""
     found = []
     for memory in ("fast", "small"):
         system = make_system(base=base)
@@ -280,7 +280,9 @@ def test_inversion_in_small_memory_is_inversion(part: float, base: str) -> None:
         latents, _ = edit(system, PROMPTS, PROMPTS[::-1], part)
         found.append((latents, torch.cat(list(system.decode(latents)), dim=1)))
     for fast, small in zip(*found, strict=True):
-        torch.testing.assert_close(small, fast, rtol=0, atol=2e-5)
+        # float32, some thirty forward passes in a row and the decoder: products of weights elsewhere in memory round
+        # apart.
+        torch.testing.assert_close(small, fast, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("savings", [LADDER[0], LADDER[-1]], ids=["fast", "small"])

@@ -142,6 +142,7 @@ def test_a_checkpoint_knows_config_clips_sources_seed_and_command(root: Path) ->
     found = record(root / "t2v", 4)
     assert (found["step"], found["seed"], found["world_size"]) == (4, 0, 1)
     assert found["config"]["train"]["ema_decay"] == 0.5 and len(found["dataset"]) == 64 and found["command"]
+    assert found["attention"] == "auto"  # the kernel that a resumed run goes on with
     assert found["sources"] == {
         "vae": {
             "path": f"{root}/vae.safetensors",

@@ -111,7 +111,7 @@ def test_from_says_whether_the_pixels_are_the_same(vae: Path, tmp_path: Path, ca
     assert "\nthe same pixels\n" in capsys.readouterr().out
     again = sidecar.read(tmp_path / "again" / "0000-a-dot.json")
     assert again["pixels_sha256"] == sidecar.read(made)["pixels_sha256"]
-    assert again["seed"] == 4
+    assert again["seed"] == 4 and again["attention"] == "auto"
     assert sample("--from", made, "sample.steps=3", "--output-dir", tmp_path / "again") == 0
     assert "NOT the same pixels (sample.steps: 2 -> 3" in capsys.readouterr().out
     assert "0000-a-dot-2.mp4" in names(tmp_path / "again")

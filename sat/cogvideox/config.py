@@ -18,6 +18,7 @@ from typing import Any
 
 from cogvideox.config_merge import ConfigError, Part, dump_yaml, merge_files, set_by_path, to_dataclass
 from cogvideox.config_names import spell_out
+from cogvideox.execution import check_attention, check_compile
 from cogvideox.optimizer_names import check_zero
 from cogvideox.recompute import read_recompute
 
@@ -73,6 +74,12 @@ class TransformerConfig:
     # products: the outputs of linear layers and attention, half the memory for hardly more work. selective: the outputs
     # of attention. true or full: nothing. A whole number n: blocks 0, n, 2n ... as full, the others as none. "24 GiB":
     # the fastest of these whose planned peak fits.
+    attention: str = "auto"
+    # The attention kernel: flash, cudnn, efficient, math, fa3, fa4 (execution.py). auto: on a GPU each is timed and
+    # checked at the start, and a run that is resumed, or a video made again, goes on with the one it had.
+    compile: str = "none"
+    # none, or blocks: torch.compile of one transformer block, which all blocks use, in training and sampling. The first
+    # step of each size takes up to a minute more.
 
 
 @dataclass
@@ -472,6 +479,7 @@ def check(config: Config) -> None:
             _check_previews(config)
         _check_validation(config.train)
         _check_torchao(config)
+        _check_compiled(config)
     for index, part in enumerate(config.model.conditions):
         length = part.params.get("max_length")
         if transformer is not None and length is not None and length != transformer.text_length:
@@ -499,6 +507,15 @@ def _check_torchao(config: Config) -> None:
         raise ConfigError(
             f"lora.quantize_base={method} does not work with deepspeed.zero_optimization.stage=3, which puts its own "
             f"linear operation in torch's place: use lora.quantize_base={method.removeprefix('torchao_')}, or stage 2"
+        )
+
+
+def _check_compiled(config: Config) -> None:
+    stage = (config.deepspeed.get("zero_optimization") or {}).get("stage", 2)
+    if stage == 3 and config.model.transformer is not None and config.model.transformer.compile != "none":
+        raise ConfigError(
+            f"model.transformer.compile={config.model.transformer.compile} does not work with deepspeed."
+            f"zero_optimization.stage=3, which brings the weights of a layer while it runs: use none, or stage 2"
         )
 
 
@@ -530,6 +547,8 @@ def _check_transformer(t: TransformerConfig) -> None:
         raise ConfigError(f"model.transformer.patch_size={t.patch_size}: expected three numbers [t, h, w]")
     try:
         read_recompute(t.checkpoint_activations)
+        check_attention(t.attention)
+        check_compile(t.compile)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from cogvideox.diffusion.partial import TailSchedule, noised_start
 from cogvideox.diffusion.reference import ReferenceTrajectory
 from cogvideox.diffusion.samplers import ddim, noise_source
 from cogvideox.dist import RandomStreams
+from cogvideox.model.attention_backends import activate
 from cogvideox.model.lora import freeze_base, merge_lora
 from cogvideox.model.parameter_groups import parameter_group
 from cogvideox.model.patch_embed import pad_front
@@ -109,6 +110,9 @@ class VideoDiffusion(nn.Module):
         self.guidance = build(config.guidance)
         self.sampler = build(config.sampler)
         self.phases = untimed  # a trainer gives its own
+        self.once_per_run: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
+        # Entered around a sampling run, with its timesteps. Where weights stay as they are, sampling/memory.py gives it
+        # what computes modulations and text projections once.
 
     parameter_group = staticmethod(parameter_group)
 
@@ -126,6 +130,10 @@ class VideoDiffusion(nn.Module):
         return next(self.transformer.parameters()).device
 
     # ------------------------------------------------------------------------------------------- weights, phases
+
+    def use_attention(self, backend: str) -> None:
+        """Let the network compute attention with a kernel that ``system_attention.settle_attention`` has made ready."""
+        self.transformer.attention_backend = backend
 
     def load_weights(self) -> list[LoadReport]:
         """Load what ``load`` names. Errors name the file, what it holds and what was expected; see ``weights.load``."""
@@ -166,6 +174,7 @@ class VideoDiffusion(nn.Module):
         self.eval().requires_grad_(False)
 
     def _place(self, device: torch.device) -> None:
+        activate(self.transformer.attention_backend, device)
         self.to(device)
         self.frozen_vae.place(device)
 
@@ -236,7 +245,10 @@ class VideoDiffusion(nn.Module):
     losses_at = losses_at  # validation: the loss of one clip at given timesteps
 
     def predict(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """The network's v-prediction: x (B, T, C, h, w), t (B,), condition with ``tokens`` and maybe ``concat``."""
+        """The network's v-prediction: x (B, T, C, h, w), t (B,), condition with ``tokens`` and maybe ``concat``.
+
+        t: on the device of x, or on the CPU, see ``ExpertTransformer.forward``.
+        """
         concat = condition.get("concat")
         has_ofs = self.transformer.ofs_embed_dim is not None
         return self.transformer(
@@ -440,12 +452,13 @@ class VideoDiffusion(nn.Module):
             x = noised_start(self._padded("start", start.latents, drawn), drawn, schedule)
         denoise = GuidedDenoiser(self.predict, schedule, steps, self.guidance, *conditions)
         if keep is not None:
-            known, mask = self._padded("known", keep[0], drawn), pad_front(keep[1], self.patch_t).to(x)
+            known, mask = self._padded("known", keep[0], drawn), pad_front(keep[1], self.patch_t)
             denoise = KeepRegion(denoise, schedule, known, mask, drawn, steps)
-            x = torch.where(mask == 1, known, x) if not steps else x
+            x = torch.where(denoise.inside, known, x) if not steps else x
         callback = in_stage("denoise", steps, callback, report)
         if steps:
-            x = self.sampler(denoise, x, schedule, steps=steps, noise=noise, callback=callback)
+            with self.once_per_run(schedule.timesteps(steps)):
+                x = self.sampler(denoise, x, schedule, steps=steps, noise=noise, callback=callback)
         return x[:, padded - frames :]
 
     @torch.no_grad()
@@ -474,11 +487,12 @@ class VideoDiffusion(nn.Module):
         reference = self._reference(source, steps)
         plain = GuidedDenoiser(self.predict, self.schedule, steps, ConstantGuidance(1.0), *source)
         inner = reference.recording(in_stage("invert", steps, callback, report))
-        x = ddim_invert(plain, x0, self.schedule, steps=steps, iterations=iterations, callback=inner)
-        beside = reference.beside(self.predict)
-        denoise = GuidedDenoiser(beside, self.schedule, steps, guidance, *conditions)
-        inner = in_stage("denoise", steps, callback, report)
-        return ddim(denoise, x, self.schedule, steps=steps, callback=inner)[:, -frames:]
+        with self.once_per_run(self.schedule.timesteps(steps)):
+            x = ddim_invert(plain, x0, self.schedule, steps=steps, iterations=iterations, callback=inner)
+            beside = reference.beside(self.predict)
+            denoise = GuidedDenoiser(beside, self.schedule, steps, guidance, *conditions)
+            inner = in_stage("denoise", steps, callback, report)
+            return ddim(denoise, x, self.schedule, steps=steps, callback=inner)[:, -frames:]
 
     def _reference(self, source: Conditions, steps: int) -> ReferenceTrajectory:
         """For the first ``sample.reference_steps`` of the steps of an edit; of none where that is 0."""

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from cogvideox.diffusion.schedule import ZeroSNRSchedule
-from cogvideox.diffusion.stepping import Callback, Denoise, Noise, predict, report, sampling_steps, state
+from cogvideox.diffusion.stepping import Callback, Denoise, Noise, Predictions, report, sampling_steps, state
 
 
 def euler_ancestral(
@@ -36,7 +36,7 @@ def euler_ancestral(
         raise ValueError(f"sampler repeats={repeats}: expected at least 1")
     if not 0 <= eta <= 1:
         raise ValueError(f"sampler eta={eta}: expected a number from 0 (deterministic) to 1 (ancestral)")
-    x = state(x)
+    x, predict = state(x), Predictions(denoise, steps)
     for i, t, a, a_next in sampling_steps(schedule, steps):
         sigma, sigma_next = math.sqrt(1 - a**2), math.sqrt(1 - a_next**2)
         up = eta * sigma_next * math.sqrt(1 - (sigma_next * a / (a_next * sigma)) ** 2)
@@ -45,9 +45,9 @@ def euler_ancestral(
             if repetition > 0:
                 back = a / a_next
                 x = back * x + math.sqrt(sigma**2 - (back * sigma_next) ** 2) * noise(x)
-            x0 = predict(denoise, x, t, i, steps)
+            x0 = predict(x, t, i)
             x = keep * x + (a_next - a * keep) * x0
             if up > 0:
                 x = x + up * noise(x)
         report(callback, i, steps, t, x, x0)
-    return x
+    return predict.settled(x)

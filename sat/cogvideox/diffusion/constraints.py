@@ -20,8 +20,8 @@ class KeepRegion:
 
     known: (B, T, C, h, w), scaled latents. noise: the same shape, one standard normal draw, used in all steps; the
     starting noise of the run makes the region's trajectory that of DDIM.
-    mask: broadcasts against ``known``: (B or 1, T, 1, h or 1, w or 1), of 0 and 1. A prefix of k latent frames is
-    ones for the first k of T.
+    mask: broadcasts against ``known``: (B or 1, T, 1, h or 1, w or 1), of 0 and 1, best on the CPU, as it is
+    looked at once. A prefix of k latent frames is ones for the first k of T.
     schedule, steps: those of the sampler, a ``TailSchedule`` too. Raises ValueError for shapes that do not fit.
     """
 

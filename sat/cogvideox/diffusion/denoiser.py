@@ -14,7 +14,8 @@ from cogvideox.diffusion.schedule import ZeroSNRSchedule
 class GuidedDenoiser:
     """``denoise(x, t) -> x0`` from ``network(x, t, condition) -> v``.
 
-    network: takes x (B, T, C, H, W), t (B,) int64 and a condition, {"tokens": (B, L, D), "concat": (B, T, C, H, W)}.
+    network: takes x (B, T, C, H, W), t (B,) int64 on the CPU, all the same, so that whoever needs its value does not
+        wait for a device, and a condition, {"tokens": (B, L, D), "concat": (B, T, C, H, W)}.
     steps: of the sampling run, so that the guidance knows how far it is. With a ``TailSchedule`` it is told of the full
         run: its step index and its number of steps.
     guidance: ``(step_index, t, steps) -> scale``, see ``diffusion.guidance``.
@@ -70,5 +71,5 @@ class GuidedDenoiser:
         return unconditional + scale * (conditional - unconditional)
 
     def _velocity(self, x: Tensor, t: int, condition: Mapping[str, Tensor]) -> Tensor:
-        v = self.network(x, torch.full((len(x),), t, device=x.device), condition)
+        v = self.network(x, torch.full((len(x),), t), condition)
         return v.to(torch.promote_types(x.dtype, torch.float32))

@@ -11,8 +11,8 @@ from cogvideox.diffusion.stepping import (
     Callback,
     Denoise,
     Noise,
+    Predictions,
     log_snr,
-    predict,
     report,
     sampling_steps,
     state,
@@ -41,9 +41,10 @@ def dpmpp_3m_sde(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"sampler eta={eta}: expected a number from 0 (deterministic) to 1")
+    predict = Predictions(denoise, steps)
     x, past = state(x), []  # (step size, prediction) of the last two steps, newest first
     for i, t, a, a_next in sampling_steps(schedule, steps):
-        x0 = predict(denoise, x, t, i, steps)
+        x0 = predict(x, t, i)
         if a_next == 1:
             x = x0
         else:
@@ -55,7 +56,7 @@ def dpmpp_3m_sde(
                 x = x + sigma_next * math.sqrt(-math.expm1(-2 * fresh)) * noise(x)
             past = [(h, x0), *past[:1]]
         report(callback, i, steps, t, x, x0)
-    return x
+    return predict.settled(x)
 
 
 def _integral(x0: Tensor, past: list[tuple[float, Tensor]], h: float, decay: float) -> Tensor:

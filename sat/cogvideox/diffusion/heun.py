@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from cogvideox.diffusion.schedule import ZeroSNRSchedule
-from cogvideox.diffusion.stepping import Callback, Denoise, Noise, predict, report, sampling_steps, state
+from cogvideox.diffusion.stepping import Callback, Denoise, Noise, Predictions, report, sampling_steps, state
 
 
 def heun(
@@ -26,15 +26,15 @@ def heun(
     a' (s / s' - 1), with D and D' the predictions at both ends. From pure noise s is infinite and the average of the
     slopes has no limit; that one step averages them over 1 / s instead, where it is finite: a' (1 - s' / s) = a'.
     """
-    x = state(x)
+    x, predict = state(x), Predictions(denoise, steps)
     timesteps = schedule.timesteps(steps)
     for i, t, a, a_next in sampling_steps(schedule, steps):
-        x0 = predict(denoise, x, t, i, steps)
+        x0 = predict(x, t, i)
         sigma, sigma_next = math.sqrt(1 - a**2), math.sqrt(1 - a_next**2)
         keep = sigma_next / sigma
         x = keep * x + (a_next - a * keep) * x0
         if a_next < 1:  # else the step ends at the prediction
             gain = a_next * (sigma * a_next / (a * sigma_next) - 1) if a > 0 else a_next
-            x = x + gain / 2 * (predict(denoise, x, timesteps[i + 1], i + 1, steps) - x0)
+            x = x + gain / 2 * (predict(x, timesteps[i + 1], i + 1) - x0)
         report(callback, i, steps, t, x, x0)
-    return x
+    return predict.settled(x)

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from cogvideox.diffusion.schedule import ZeroSNRSchedule
-from cogvideox.diffusion.stepping import Callback, Denoise, predict, report, sampling_steps, state
+from cogvideox.diffusion.stepping import Callback, Denoise, Predictions, report, sampling_steps, state
 
 
 def ddim_invert(
@@ -37,7 +37,7 @@ def ddim_invert(
     """
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: expected at least 1 evaluation per step")
-    x = state(x0)
+    x, predict = state(x0), Predictions(denoise, steps)
     target, prediction = x, None
     for done, (i, t, a, a_next) in enumerate(reversed(list(sampling_steps(schedule, steps)))):
         keep = math.sqrt((1 - a_next**2) / (1 - a**2))
@@ -46,7 +46,7 @@ def ddim_invert(
         if keep > 0:
             x = (known - gain * prediction) / keep
         for _ in range(iterations):
-            prediction = predict(denoise, x, t, i, steps)
+            prediction = predict(x, t, i)
             x = (known - gain * prediction) / keep if keep > 0 else x + a * (target - prediction)
         report(callback, done, steps, t, x, prediction)
-    return x
+    return predict.settled(x)

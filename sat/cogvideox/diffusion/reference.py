@@ -38,14 +38,15 @@ class ReferenceTrajectory:
 
         def record(step: dict[str, Any]) -> None:
             if step["t"] in self.timesteps:
-                self.states[step["t"]] = step["x"].cpu()
+                self.states[step["t"]] = _on_host(step["x"])
             if callback is not None:
                 callback(step)
 
         return record
 
     def beside(self, network: Network) -> Network:
-        """``network(x, t, condition) -> v`` for the edit: x (B or 2 B, T, C, H, W), one timestep for all of t."""
+        """``network(x, t, condition) -> v`` for the edit: x (B or 2 B, T, C, H, W), one timestep for all of t, which
+        lies on the CPU as ``GuidedDenoiser`` gives it."""
         if not self.timesteps:
             return network
 
@@ -55,7 +56,15 @@ class ReferenceTrajectory:
                 return network(x, t, condition)
             items = len(state)
             joined = {key: torch.cat([self.condition[key], value]) for key, value in condition.items()}
+            state = state.to(x, non_blocking=True)
             with self.attention(items):
-                return network(torch.cat([state.to(x), x]), torch.cat([t[:items], t]), joined)[items:]
+                return network(torch.cat([state, x]), torch.cat([t[:items], t]), joined)[items:]
 
         return predict
+
+
+def _on_host(x: Tensor) -> Tensor:
+    """``x`` in host memory; of a GPU's the copy is queued there behind the work at hand, as every use of it will be."""
+    if not x.is_cuda:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

@@ -10,7 +10,7 @@ One contract: ``sampler(denoise, x, schedule, *, steps, noise, callback=None) ->
 * ``noise(x)`` is the next random draw, shaped like ``x``; see ``noise_source``. Which draws happen is part of a seeded
   trajectory. ``ddim`` and ``dpmpp_2m`` draw nothing and take it only to be interchangeable.
 * ``callback(dict(step=i, steps=n, t=t, x=x, denoised=x0))`` after every step, ``x`` being the new state.
-* A prediction with a NaN or an infinity raises FloatingPointError that names the step.
+* A prediction with a NaN or an infinity raises FloatingPointError that names the step (``stepping.Predictions``).
 
 ``schedule`` needs ``alphas(steps)`` and ``timesteps(steps)``: a ``ZeroSNRSchedule``, or a part of one, ``partial``. In
 the formulas a is sqrt(alpha_cumprod), so that x_t = a x0 + sqrt(1 - a^2) noise.
@@ -29,8 +29,8 @@ from cogvideox.diffusion.stepping import (
     Callback,
     Denoise,
     Noise,
+    Predictions,
     log_snr,
-    predict,
     report,
     sampling_steps,
     state,
@@ -50,13 +50,13 @@ def ddim(
 
     The remaining noise is kept and scaled; the last step returns the prediction itself.
     """
-    x = state(x)
+    x, predict = state(x), Predictions(denoise, steps)
     for i, t, a, a_next in sampling_steps(schedule, steps):
-        x0 = predict(denoise, x, t, i, steps)
+        x0 = predict(x, t, i)
         keep = math.sqrt((1 - a_next**2) / (1 - a**2))
         x = keep * x + (a_next - a * keep) * x0
         report(callback, i, steps, t, x, x0)
-    return x
+    return predict.settled(x)
 
 
 def dpmpp_2m(
@@ -69,9 +69,10 @@ def dpmpp_2m(
     callback: Callback | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M), deterministic (Lu et al. 2022, algorithm 2). Upstream: VPODEDPMPP2MSampler."""
+    predict = Predictions(denoise, steps)
     x, previous_x0, previous_h = state(x), None, math.inf
     for i, t, a, a_next in sampling_steps(schedule, steps):
-        x0 = predict(denoise, x, t, i, steps)
+        x0 = predict(x, t, i)
         if a_next == 1:
             x = x0
         else:
@@ -80,7 +81,7 @@ def dpmpp_2m(
             x = math.sqrt((1 - a_next**2) / (1 - a**2)) * x - a_next * math.expm1(-h) * target
             previous_x0, previous_h = x0, h
         report(callback, i, steps, t, x, x0)
-    return x
+    return predict.settled(x)
 
 
 def dpmpp_2m_sde(
@@ -97,9 +98,10 @@ def dpmpp_2m_sde(
 
     Draws: one in the first step, two in each later one of which the second is used, none in the last.
     """
+    predict = Predictions(denoise, steps)
     x, previous_x0, previous_h = state(x), None, math.inf
     for i, t, a, a_next in sampling_steps(schedule, steps):
-        x0 = predict(denoise, x, t, i, steps)
+        x0 = predict(x, t, i)
         if a_next == 1:
             x = x0
         else:
@@ -115,7 +117,7 @@ def dpmpp_2m_sde(
             )
             previous_x0, previous_h = x0, h
         report(callback, i, steps, t, x, x0)
-    return x
+    return predict.settled(x)
 
 
 def noise_source(seeds: Sequence[int], device: torch.device | str | None = None) -> Noise:
@@ -132,8 +134,12 @@ def noise_source(seeds: Sequence[int], device: torch.device | str | None = None)
             raise ValueError(
                 f"noise for a batch of {len(x)} was asked of {len(generators)} seeds: give one seed per item"
             )
-        draws = torch.stack([torch.randn(x.shape[1:], generator=g, dtype=torch.float32) for g in generators])
-        return draws.to(device=x.device if device is None else device, dtype=x.dtype)
+        target = x.device if device is None else torch.device(device)
+        # From pinned memory, as any other copy to a GPU may wait for what was queued there before it.
+        draws = torch.empty(x.shape, dtype=torch.float32, pin_memory=target.type == "cuda")
+        for item, generator in zip(draws, generators, strict=True):
+            torch.randn(x.shape[1:], generator=generator, out=item)
+        return draws.to(device=target, dtype=x.dtype, non_blocking=True)
 
     return noise
 

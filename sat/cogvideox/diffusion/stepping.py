@@ -1,4 +1,7 @@
-"""What every sampler does at a step: the contract's types, coefficients as Python floats, the check, the report."""
+"""What every sampler does at a step: the contract's types, coefficients as Python floats, the check, the report.
+
+Nothing here waits for the work of the step at hand: a device that computes behind the host is never left idle.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +34,62 @@ def state(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def predict(denoise: Denoise, x: Tensor, t: Tensor, step: int, steps: int) -> Tensor:
-    """``denoise(x, t)`` in the dtype of ``x``. Raises FloatingPointError naming the step if it is not finite."""
-    x0 = denoise(x, t).to(x.dtype)
-    if not torch.isfinite(x0).all():
-        raise FloatingPointError(
-            f"step {step + 1} of {steps} (timestep {int(t)}): the predicted latent is not finite. "
-            f"In fp16 use bf16 or fp32 instead (sample.precision); otherwise the weights or the input hold NaN"
-        )
-    return x0
+class Predictions:
+    """``denoise`` as a sampler calls it: in the dtype of the state, and checked.
+
+    predict = Predictions(denoise, steps)
+    x0 = predict(x, t, i)        # at step i, as often as the sampler wants
+    return predict.settled(x)    # at the end
+
+    Whether a prediction is finite is read when the next one has been queued: reading at once would wait for the device
+    and leave it without work, never reading would let the host, and the progress it shows, run steps ahead of it.
+    Raises FloatingPointError that names the step.
+    """
+
+    def __init__(self, denoise: Denoise, steps: int):
+        self._denoise, self._steps = denoise, steps
+        self._unread: tuple[_OnHost, int, int] | None = None
+
+    def __call__(self, x: Tensor, t: Tensor, step: int) -> Tensor:
+        x0 = self._denoise(x, t).to(x.dtype)
+        if x0.is_meta:  # shapes alone: there is nothing to look at
+            return x0
+        earlier, self._unread = self._unread, (_OnHost(torch.isfinite(x0).all()), step, int(t))
+        self._check(earlier)
+        return x0
+
+    def settled(self, x: Tensor) -> Tensor:
+        """``x``, once the last prediction is known to be finite: here the device is waited for."""
+        self._check(self._unread)
+        self._unread = None
+        return x
+
+    def _check(self, flag: tuple[_OnHost, int, int] | None) -> None:
+        if flag is None:
+            return
+        is_finite, step, t = flag
+        if not is_finite.read():
+            raise FloatingPointError(
+                f"step {step + 1} of {self._steps} (timestep {t}): the predicted latent is not finite. "
+                f"In fp16 use bf16 or fp32 instead (sample.precision); otherwise the weights or the input hold NaN"
+            )
+
+
+class _OnHost:
+    """A 0-d tensor on its way to the host. ``read`` waits for what was queued before it, and for nothing after it."""
+
+    def __init__(self, value: Tensor):
+        self._value, self._arrived = value, None
+        if value.is_cuda:
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> bool:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._value)
 
 
 def report(callback: Callback | None, step: int, steps: int, t: Tensor, x: Tensor, x0: Tensor) -> None:

@@ -12,8 +12,8 @@ from cogvideox.diffusion.stepping import (
     Callback,
     Denoise,
     Noise,
+    Predictions,
     log_snr,
-    predict,
     report,
     sampling_steps,
     state,
@@ -37,9 +37,10 @@ def unipc(
     The first step has lambda = -inf. By the limit it is x' = sqrt(1 - a'^2) x + a' D, corrected to the mean of both
     predictions, and the second step's slopes use one point less. The state of the callback is not yet corrected.
     """
+    predict = Predictions(denoise, steps)
     x, last, h = state(x), None, math.inf
     for i, t, a, a_next in sampling_steps(schedule, steps):
-        x0 = predict(denoise, x, t, i, steps)
+        x0 = predict(x, t, i)
         if last is not None:
             x = _corrected(last, x0, a)
         if a_next == 1:
@@ -52,7 +53,7 @@ def unipc(
             x = base if slope is None else base - a_next * math.expm1(-h) / 2 * slope
             last = _Step(base, x0, slope, h, previous_h / h)
         report(callback, i, steps, t, x, x0)
-    return x
+    return predict.settled(x)
 
 
 @dataclass

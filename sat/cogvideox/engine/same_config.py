@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -57,6 +57,7 @@ _FREE = {
         for name in ("overlap_comm", "*_bucket_size", "contiguous_gradients", "reduce_scatter")
     ],
 }
+Result = TypeVar("Result")
 _BATCH = ("train.batch_size", "train.gradient_accumulation_steps", "train.global_batch_size")
 
 
@@ -93,6 +94,14 @@ def check_same_clips(config: Config, fingerprint: str | None) -> list[str]:
         return _decided([], [difference], config, "the order of the clips goes on only over the same ones")
 
     return _on_main(check)
+
+
+def recorded(config: Config, name: str) -> Any:
+    """What the checkpoint that the run will go on from says of ``name`` (the trainer's ``facts``); None where nothing.
+
+    Every rank must call.
+    """
+    return _on_main(lambda: _record(_state(_folders(config))).get(name))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[Difference]:
@@ -226,7 +235,7 @@ def _sha256(path: str, component: str) -> str | None:
         return None
 
 
-def _on_main(check: Callable[[], list[str]]) -> list[str]:
+def _on_main(check: Callable[[], Result]) -> Result:
     """The result of ``check`` on rank 0, or its ConfigError, on every rank."""
     result, problem = None, None
     if dist.is_main():

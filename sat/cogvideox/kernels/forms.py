@@ -36,6 +36,12 @@ def _say_that_triton_is_missing() -> None:
     )
 
 
+@torch.compiler.assume_constant_result  # a compiled graph would break here, also where the result is cached
+def has_bf16_products() -> bool:
+    """Whether torch multiplies bf16 matrices by instructions of this CPU."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def parts(tokens: Tensor, text_length: int) -> tuple[Tensor, Tensor]:
     """(B, S, ...) -> its video tokens, its text tokens: views, in the order of a pair of modulations."""
     return tokens[:, text_length:], tokens[:, :text_length]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from sat.model.base_model import BaseMixin, non_conflict
@@ -50,26 +51,37 @@ class ExpertAdaLN(BaseMixin):
                 nn.LayerNorm(head_dim, eps=1e-6) for _ in range(num_layers)
             )
 
+    def of_layer(self, layer_id: int, modulations: Tensor | None = None) -> dict[str, Any]:
+        """What is a layer's own, as arguments of the hooks, so that these are the same code for all layers.
+
+        modulations: (layers, B or 1, 12 D), what the linear layers make of the time embedding, where it is known
+        (modulation.py).
+        """
+        return {
+            "layer": self.transformer.layers[layer_id],
+            "to_modulation": self.adaLN_modulations[layer_id],
+            "modulation": None if modulations is None else modulations[layer_id],
+            "head_norms": self._head_norms(layer_id),
+        }
+
     def layer_forward(
         self,
         hidden_states: Tensor,
         mask: Tensor | None,
         *,
-        layer_id: int,
+        layer: nn.Module,
+        to_modulation: nn.Module,
+        modulation: Tensor | None,
         emb: Tensor,
         text_length: int,
-        modulations: Tensor | None = None,
         **kw_args,
     ) -> Tensor:
         """hidden_states: (B, S, D), text first; emb: (B or 1, E). Returns (B, S, D).
 
-        modulations: (layers, B or 1, 12 D), what the linear layers make of ``emb``, where it is known (modulation.py).
+        layer, to_modulation, modulation, and the ``head_norms`` that ``attention_fn`` takes: see ``of_layer``.
         """
-        # What is this layer's own is looked up here: the rest is the same for all layers.
-        layer = self.transformer.layers[layer_id]
-        kw_args |= {"layer_id": layer_id, "emb": emb, "text_length": text_length}
-        kw_args["head_norms"] = self._head_norms(layer_id)
-        modulation = self.adaLN_modulations[layer_id](emb) if modulations is None else modulations[layer_id]
+        kw_args |= {"emb": emb, "text_length": text_length}
+        modulation = to_modulation(emb) if modulation is None else modulation
         pairs = modulation.unflatten(-1, (2, 6, -1)).unbind(2)  # six (video, text) of (B or 1, 2, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = pairs
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch.nn.functional as F
 from einops import rearrange
 from sat.model.base_model import replacable
 from torch import Tensor, nn
 
+from cogvideox.execution import AUTO
+from cogvideox.model.attention_backends import attend
 from cogvideox.model.linear import Linear
 from cogvideox.model.reference import attend_with_reference
 
@@ -21,6 +22,7 @@ def attention_fn(
     attention_mask: Tensor | None,
     attention_dropout=None,
     *,
+    backend: str = AUTO,
     reference_items: int = 0,
     text_length: int = 0,
     **_,
@@ -28,14 +30,15 @@ def attention_fn(
     """softmax(q k^T / sqrt(head_dim)) v, over all tokens: padded text is attended, as in training.
 
     query, key, value: (B, heads, S, head_dim); attention_mask: None (full attention), or what torch's function takes.
+    backend: the kernel, of ``attention_backends``.
     reference_items: how many items of the batch are references of the others, see ``reference.ReferenceAttention``.
     Returns the shape of query. Mixins wrap it (``non_conflict``) or replace it.
     """
     # SAT's default compares the mask with a triangle on every call: a device sync and a graph break per layer.
-    attend = partial(F.scaled_dot_product_attention, attn_mask=attention_mask)
+    one = partial(attend, backend, attn_mask=attention_mask)
     if reference_items:
-        return attend_with_reference(attend, query, key, value, reference_items, text_length)
-    return attend(query, key, value)
+        return attend_with_reference(one, query, key, value, reference_items, text_length)
+    return one(query, key, value)
 
 
 class SelfAttention(nn.Module):

@@ -55,10 +55,12 @@ class Checkpointing:
         self._was_looked_at = False
 
     def run(
-        self, index: int, block: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kw_args: Any
+        self, what: str, block: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kw_args: Any
     ) -> Tensor:
-        """``block(hidden_states, *args, **kw_args)``; without gradients nothing is kept anyway."""
-        what = self.policy.of_block(index)
+        """``block(hidden_states, *args, **kw_args)``; without gradients nothing is kept anyway.
+
+        what: the block keeps, a key of ``recompute.KEPT`` (``policy.of_block``).
+        """
         if what == "none" or not torch.is_grad_enabled():
             return block(hidden_states, *args, **kw_args)
         if what == "full":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cogvideox.kernels.forms import has_bf16_products
 
 
 class Linear(nn.Linear):
@@ -24,12 +24,6 @@ class Linear(nn.Linear):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.float()
         return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
-
-
-@cache
-def has_bf16_products() -> bool:
-    """Whether torch multiplies bf16 matrices by instructions of this CPU."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def is_frozen(*layers: nn.Module) -> bool:

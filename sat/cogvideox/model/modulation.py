@@ -37,6 +37,7 @@ class Modulations:
     ) -> dict[str, Tensor]:
         """The mixins' arguments for timesteps (B,): ``modulations`` (layers, B or 1, 12 D), ``final_modulation``.
 
+        timesteps, ofs: read here, which waits for their device, unless that is the CPU.
         ValueError for a timestep or an ``ofs`` that is not in the table.
         """
         wanted = dict.fromkeys(timesteps.reshape(-1).tolist())
@@ -62,6 +63,12 @@ class Modulations:
         return self.layers.nbytes + self.final.nbytes
 
 
+def has_modulations(net: ExpertTransformer) -> bool:
+    """Whether its modulations can be computed ahead: its adaLN and its final layer are those of this project."""
+    adaln, final = net.mixins["adaln_layer"], net.mixins["final_layer"]
+    return isinstance(adaln, ExpertAdaLN) and isinstance(final, FinalLayer)
+
+
 @torch.no_grad()
 def precompute_modulations(
     net: ExpertTransformer, timesteps: Tensor | Sequence[float], ofs: Tensor | float | None = None
@@ -72,15 +79,14 @@ def precompute_modulations(
     timesteps: where their weights are streamed to the device, once per run.
     """
     adaln, final = net.mixins["adaln_layer"], net.mixins["final_layer"]
-    if not isinstance(adaln, ExpertAdaLN) or not isinstance(final, FinalLayer):
+    if not has_modulations(net):
         raise ValueError(
             f"modulations of {type(adaln).__name__} and {type(final).__name__} cannot be precomputed: "
             "model.transformer.adaln and final_layer must be ExpertAdaLN and FinalLayer"
         )
     ofs = _one_number(ofs)
     known = torch.as_tensor(timesteps).reshape(-1)
-    device = net.time_embed[0].weight.device
-    embeddings = [net.embed_time(t[None], ofs) for t in known.to(device)]
+    embeddings = [net.embed_time(t[None], ofs) for t in known]
 
     def table(linear: torch.nn.Module) -> Tensor:
         return torch.cat([linear(emb) for emb in embeddings])

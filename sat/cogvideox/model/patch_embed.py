@@ -43,9 +43,15 @@ class PatchEmbed(BaseMixin):
         pattern = "b (t o) c (h p) (w q) -> b (t h w) (c o p q)"
         return self.proj(rearrange(video, pattern, o=frames, p=height, q=width))
 
-    def word_embedding_forward(self, video: Tensor, *, context: Tensor, **_) -> Tensor:
-        """context: (B, L, text width). Returns (B, L + N, D), text first."""
-        return torch.cat((self.text_proj(context), self.patchify(video)), dim=1)
+    def word_embedding_forward(
+        self, video: Tensor, *, context: Tensor, text: Tensor | None = None, **_
+    ) -> Tensor:
+        """context: (B, L, text width). Returns (B, L + N, D), text first.
+
+        text: (B, L, D), what the projection makes of ``context``, where it is known (text_projection.py).
+        """
+        text = self.text_proj(context) if text is None else text
+        return torch.cat((text, self.patchify(video)), dim=1)
 
 
 def pad_front(latents: Tensor, patch_t: int) -> Tensor:

@@ -15,14 +15,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from sat.model.base_model import BaseMixin, BaseModel
 from torch import Tensor
 
+from cogvideox.execution import AUTO, check_attention
 from cogvideox.model.attention import attention_fn
+from cogvideox.model.compiled_blocks import layer_runner
 from cogvideox.model.modulation import Modulations, precompute_modulations
+from cogvideox.model.text_projection import ProjectedTexts
 from cogvideox.model.timestep import embedding_mlp, sinusoid
 from cogvideox.model.trunk import Trunk
 
@@ -41,6 +45,8 @@ class ExpertTransformer(BaseModel):
     ``num_frames`` counts pixel frames, ``latent_height`` and ``latent_width`` latents: the configured size, which
     limits only learned position tables. ``ofs_embed_dim``: the network has an ``ofs`` input (1.5-I2V) of that width.
     ``checkpoint_activations``: see recompute.py; false or none, products, selective, true or full, or a whole number.
+    ``attention``: the kernel, see execution.py; ``attention_backend`` may be set later, as a probe does.
+    ``compile``: none or blocks, see execution.py.
     ``device="meta"`` allocates nothing; ``skip_init`` leaves the trunk's weights unset, for a checkpoint to fill.
     """
 
@@ -68,6 +74,8 @@ class ExpertTransformer(BaseModel):
         ofs_embed_dim: int | None = None,
         temporal_compression: int = 4,
         checkpoint_activations: Any = False,
+        attention: str = AUTO,
+        compile: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         skip_init: bool = False,
@@ -84,9 +92,13 @@ class ExpertTransformer(BaseModel):
                 trunk.init_weights()
 
         super().__init__(args=None, transformer=trunk)
+        check_attention(attention)
+        self.attention_backend = attention
+        trunk.run_layer = layer_runner(compile)
         self.in_channels, self.out_channels, self.patch_size = in_channels, out_channels, patch_size
         self.hidden_size, self.text_length, self.ofs_embed_dim = hidden_size, text_length, ofs_embed_dim
         self._modulations: Modulations | None = None
+        self._texts: ProjectedTexts | None = None
         self.geometry = {
             "num_layers": num_layers,
             "hidden_size": hidden_size,
@@ -134,7 +146,8 @@ class ExpertTransformer(BaseModel):
     ) -> Tensor:
         """Velocity of the latents ``x``.
 
-        x: (B, T, C, H, W), any size that the patch divides;  timesteps: (B,) in [0, 1000), integers or fractions;
+        x: (B, T, C, H, W), any size that the patch divides;  timesteps: (B,) in [0, 1000), integers or fractions, on
+        the device of x, or on the CPU, where reading them waits for nothing (``use_modulations`` does);
         context: (B, text_length, text_hidden_size);  concat_images: (B, T, C', H, W), C + C' = in_channels;
         ofs: a number or (B,), for networks with that input (published: 2.0).
         Returns (B, T, out_channels, H, W) in the dtype of x; inside, the network computes in its weights' dtype.
@@ -146,6 +159,9 @@ class ExpertTransformer(BaseModel):
         grid = (video.shape[1] // frames, video.shape[3] // height, video.shape[4] // width)
         emb = self.embed_time(timesteps, ofs)
         known = {} if self._modulations is None else self._modulations.at(timesteps, ofs, emb.device)
+        modulations = known.pop("modulations", None)
+        if self._texts is not None:
+            known["text"] = self._texts.of(context)
         velocity = super().forward(
             video.to(dtype),
             position_ids=None,
@@ -154,6 +170,8 @@ class ExpertTransformer(BaseModel):
             emb=emb,
             grid=grid,
             text_length=context.shape[1],
+            backend=self.attention_backend,
+            of_layer=partial(self._of_layer, modulations=modulations),
             **known,
         )
         return velocity.to(x.dtype)
@@ -176,6 +194,18 @@ class ExpertTransformer(BaseModel):
         finally:
             self._modulations = before
 
+    @contextmanager
+    def project_texts_once(self) -> Iterator[None]:
+        """Inside, a ``context`` that is given again, the same tensor, is not projected again (text_projection.py).
+
+        For runs without gradients, in which neither the tensors nor the weights change.
+        """
+        before, self._texts = self._texts, ProjectedTexts.of_network(self)
+        try:
+            yield
+        finally:
+            self._texts = before
+
     def chunk_mlp(self, rows: int | None) -> None:
         """Let every MLP take ``rows`` tokens (of all items together) at a time where no gradient is kept; None: all."""
         if rows is not None and rows < 1:
@@ -183,13 +213,23 @@ class ExpertTransformer(BaseModel):
         for layer in self.transformer.layers:
             layer.mlp.chunk_rows = rows
 
+    def _of_layer(self, index: int, **known: Any) -> dict[str, Any]:
+        """What the mixins hand to the hooks of one layer."""
+        parts = (m.of_layer(index, **known) for m in self.mixins.values() if hasattr(m, "of_layer"))
+        return {key: value for part in parts for key, value in part.items()}
+
     def embed_time(self, timesteps: Tensor, ofs: Tensor | float | None = None) -> Tensor:
         """(B, E): the MLP of the timestep's sinusoid, plus that of ``ofs``. Sinusoids are float32, then cast."""
-        dtype = self.time_embed[0].weight.dtype
-        emb = self.time_embed(sinusoid(timesteps.reshape(-1), self.hidden_size).to(dtype))
+        weight = self.time_embed[0].weight
+        timesteps = _sent(timesteps.reshape(-1), weight.device)
+        emb = self.time_embed(sinusoid(timesteps, self.hidden_size).to(weight.dtype))
         if ofs is not None:
-            ofs = torch.as_tensor(ofs, dtype=torch.float32, device=emb.device).reshape(-1)
-            emb = emb + self.ofs_embed(sinusoid(ofs, self.ofs_embed_dim).to(dtype))
+            # A number reaches a GPU as the argument of a kernel; as a tensor it would be a copy that may wait.
+            is_number = isinstance(ofs, int | float)
+            ofs = torch.full((1,), float(ofs), device=weight.device) if is_number else ofs.float().reshape(-1)
+            emb = emb + self.ofs_embed(
+                sinusoid(_sent(ofs, weight.device), self.ofs_embed_dim).to(weight.dtype)
+            )
         return emb
 
     def _check_inputs(
@@ -232,6 +272,12 @@ class ExpertTransformer(BaseModel):
                 f"ofs={ofs} for a network with model.transformer.ofs_embed_dim={self.ofs_embed_dim}: "
                 + ("it needs ofs (2.0 at inference)" if ofs is None else "it has no ofs input")
             )
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``. From pinned memory, as any other copy to a GPU may wait for what is queued there."""
+    is_sent_to_gpu = device.type == "cuda" and values.device.type == "cpu"
+    return (values.pin_memory() if is_sent_to_gpu else values).to(device, non_blocking=True)
 
 
 def _check_geometry(

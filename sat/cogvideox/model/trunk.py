@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cogvideox.kernels.gelu import linear_gelu
 from cogvideox.model.attention import SelfAttention
 from cogvideox.model.checkpointing import Checkpointing
+from cogvideox.model.compiled_blocks import run_layer
 from cogvideox.model.frozen_mlp import frozen_mlp
 from cogvideox.model.linear import Linear, is_frozen
 
@@ -100,6 +101,7 @@ class Trunk(nn.Module):
     ):
         super().__init__()
         self.hooks: dict[str, Callable] = {}  # filled by BaseModel.forward
+        self.run_layer = run_layer
         self.layers = nn.ModuleList(
             TransformerLayer(i, hidden_size, num_attention_heads, self.hooks) for i in range(num_layers)
         )
@@ -129,8 +131,15 @@ class Trunk(nn.Module):
                 module.reset_parameters()
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, **kw_args
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        *,
+        of_layer: Callable[[int], dict[str, Any]] = lambda index: {},
+        **kw_args,
     ):
+        """of_layer: further arguments of the hooks that differ from layer to layer."""
         # Unlike in SAT, what the embedding hooks leave in `output_cross_layer` reaches every layer.
         cross_layer: dict[str, Any] = {}
         hidden_states = self.hooks["word_embedding_forward"](
@@ -145,5 +154,10 @@ class Trunk(nn.Module):
                 del position  # float32 and as large as the tokens: not for the length of the forward pass
         kw_args |= cross_layer
         for index, layer in enumerate(self.layers):
-            hidden_states = self.checkpointing.run(index, layer, hidden_states, attention_mask, **kw_args)
+            # Without gradients nothing is kept: then all blocks are one graph, whatever the policy.
+            what = self.checkpointing.policy.of_block(index) if torch.is_grad_enabled() else "none"
+            own = kw_args | of_layer(index)
+            hidden_states = self.run_layer(
+                self.checkpointing, what, layer, hidden_states, attention_mask, own
+            )
         return self.hooks["final_forward"](self.final_layernorm(hidden_states), **kw_args)

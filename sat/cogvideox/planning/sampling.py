@@ -34,7 +34,8 @@ class Savings:
     """One set. ``text_encoder``, ``transformer``: resident, in turn or by layers; ``vae``: resident or in turn.
 
     in turn: on the device only for its own stage.  by layers: two layers at a time.
-    modulations: once per schedule, their weights in host memory.  mlp_chunks: the MLP in pieces of CHUNK_ROWS tokens.
+    modulations: the weights that make them in host memory; they are computed once per schedule in all sets.
+    mlp_chunks: the MLP in pieces of CHUNK_ROWS tokens.
     slice_batch: the VAE takes the clips of a batch one after the other.
     """
 
@@ -112,7 +113,7 @@ def stage_bytes(config: Config, savings: Savings, quantize: str | None = None) -
     text, network, vae = text_bytes(config), network_bytes(config, quantize), vae_bytes(config, savings)
     text_here = text["by layers" if savings.text_encoder == "by layers" else "whole"]
     adaln = 0.0 if savings.modulations else network["adaln"]
-    table = network["table"] if savings.modulations else 0.0
+    table = network["table"]
     layers = network["two layers" if savings.transformer == "by layers" else "layers"]
     transformer_here = network["ends"] + table + adaln + layers
     # The ends stay; the layers are gone from the other stages where they come in turn.

@@ -11,7 +11,8 @@ savings are taken only where they are asked for: ``sample.quantize``, and tiles 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvideox.config import Config
+from cogvideox.model.modulation import Modulations, has_modulations
 from cogvideox.model.quantize import check_method, quantize
 from cogvideox.planning.sampling import CHUNK_ROWS, LADDER, NAMES, Savings, savings_for, stage_bytes
 from cogvideox.sampling.offload import LayerOffload, Turns, WholeOffload, move_rest, repeated_layers
@@ -69,6 +71,11 @@ def choose_memory(config: Config, memory: str | None = None, device: torch.devic
             f"sample.quantize={sample.quantize}: torchao's weights cannot wait in host memory, as "
             f"sample.memory={memory} wants; use sample.quantize={own}, or sample.memory=fast"
         )
+    if chosen.savings.transformer == "by layers" and config.model.transformer.compile != "none":
+        raise ValueError(
+            f"model.transformer.compile={config.model.transformer.compile}: layers that pass through the device one by "
+            f"one, as sample.memory={memory} wants, cannot be compiled; set model.transformer.compile=none"
+        )
     logger.info("%s", chosen)
     available = _device_bytes(device)
     if available is not None and chosen.peak > available:
@@ -96,12 +103,13 @@ def apply_memory(system: VideoDiffusion, plan: Plan, device: torch.device) -> No
     if savings.transformer == "resident":
         system.to(device)
         system.vae.to(device)
+        system.once_per_run = _OncePerRun(system, _nothing)
         return
     turns, apart = Turns(), [net.transformer.layers]
     if savings.modulations:
         adaln = net.mixins["adaln_layer"].adaLN_modulations
         apart.append(adaln)
-        system.sampler = _OncePerSchedule(system, LayerOffload(adaln, device))
+        system.once_per_run = _OncePerRun(system, LayerOffload(adaln, device).free)
     layers = net.transformer.layers
     if savings.transformer == "by layers":
         offload = LayerOffload(layers, device)
@@ -160,27 +168,26 @@ def _place_condition(embedder: nn.Module, savings: Savings, turns: Turns, device
     turns.add("text", load, park, at=[embedder], evicts=("transformer", "vae"))
 
 
-class _OncePerSchedule:
-    """The sampler of a system, with the modulations of its timesteps computed before the first step.
+class _OncePerRun:
+    """``VideoDiffusion.once_per_run`` of a network whose weights stay as they are: see there.
 
-    The table is kept for the next run with the same timesteps.
+    Modulations are computed before the first step and kept for the next run with the same timesteps. ``free`` is called
+    after that: the weights that make them are not needed again.
     """
 
-    def __init__(self, system: VideoDiffusion, weights: LayerOffload):
-        self._sampler, self._weights = system.sampler, weights
-        self._net = system.transformer
+    def __init__(self, system: VideoDiffusion, free: Callable[[], None]):
+        self._net, self._free = system.transformer, free
         self._ofs = system.config.model.ofs if self._net.ofs_embed_dim is not None else None
-        self._table: Any = None
+        self._table: Modulations | None = None
 
-    def __call__(
-        self, denoise: Callable[..., Tensor], x: Tensor, schedule: Any, *, steps: int, **arguments: Any
-    ) -> Tensor:
-        timesteps = schedule.timesteps(steps)
-        if self._table is None or self._table.timesteps != tuple(map(float, timesteps.tolist())):
-            self._table = self._net.precompute_modulations(timesteps, self._ofs)
-            self._weights.free()
-        with self._net.use_modulations(self._table):
-            return self._sampler(denoise, x, schedule, steps=steps, **arguments)
+    @contextmanager
+    def __call__(self, timesteps: Tensor) -> Iterator[None]:
+        if has_modulations(self._net):
+            if self._table is None or self._table.timesteps != tuple(map(float, timesteps.tolist())):
+                self._table = self._net.precompute_modulations(timesteps, self._ofs)
+                self._free()
+        with self._net.use_modulations(self._table), self._net.project_texts_once():
+            yield
 
 
 def _plan(config: Config, memory: str, savings: Savings) -> Plan:
@@ -242,4 +249,4 @@ def _probe(system: VideoDiffusion) -> dict[str, Any]:
 
 
 def _nothing() -> None:
-    """By layers, they come one by one as they are called."""
+    """Layers that pass through the device come as they are called; weights that stay are not freed."""

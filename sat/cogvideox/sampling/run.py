@@ -145,6 +145,7 @@ def write_sample(
         "files": {**(kept or {}), **{kind: target.path(kind).name for kind in target.outputs}},
         "seconds": round(time.perf_counter() - start, 3),
         "device": str(system.device),
+        "attention": getattr(getattr(system, "transformer", None), "attention_backend", None),
         "versions": environment.versions(),
         "fingerprint": target.fingerprint,
         "config": tree,

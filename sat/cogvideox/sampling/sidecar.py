@@ -63,7 +63,7 @@ def comparison(then: dict[str, Any], now: dict[str, Any]) -> str:
         return "the same pixels"
     differences = [
         f"{key} then: {then.get(key)}, now: {now.get(key)}"
-        for key in ("device", "versions")
+        for key in ("device", "attention", "versions")
         if then.get(key) != now.get(key)
     ]
     changed = config_difference(then["config"], now["config"])
