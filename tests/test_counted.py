@@ -113,9 +113,10 @@ def test_a_training_step_does_the_work_of_the_closed_form(model: str, method: st
         modulations = t.num_layers * 2 * e * 12 * d
         assert whole.flops == planned + once_per_clip(t) - inputs - first - modulations
     known = counted.KNOWN_COUNTS[training_case(model, method, policy)]["diffusers"]["TFLOP"]
-    assert whole.flops / 1e12 == pytest.approx(
-        known, rel=3e-3
-    )  # whole TFLOP, and other counts of the first layer
+    if method == "LoRA" and policy == "full":  # the MLP's second product is not computed again
+        known -= t.num_layers * 8 * s * d * d / 1e12
+    # Known to whole TFLOP, and with other counts of the first layer.
+    assert whole.flops / 1e12 == pytest.approx(known, rel=3e-3)
 
 
 def test_the_vae_of_diffusers_counts_what_is_published() -> None:

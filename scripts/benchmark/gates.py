@@ -130,7 +130,6 @@ COUNTED_GATES = (
         "passes",
         COUNTED,
         _count(forward_case("5B"), "passes per layer"),
-        today=94.1,
     ),
     Gate(
         "2B layer, forward",
@@ -138,11 +137,10 @@ COUNTED_GATES = (
         "passes",
         COUNTED,
         _count(forward_case("2B"), "passes per layer"),
-        today=57.0,
     ),
     Gate("5B forward of a guidance pair, live", 2.42, "GB", COUNTED, _count(forward_case("5B"), "live GB")),
     Gate("2B forward of a guidance pair, live", 1.51, "GB", COUNTED, _count(forward_case("2B"), "live GB")),
-    Gate("VAE decode", 290.3, "TFLOP", COUNTED, _count(vae_case("5B", "decode", None), "TFLOP"), today=296.2),
+    Gate("VAE decode", 290.3, "TFLOP", COUNTED, _count(vae_case("5B", "decode", None), "TFLOP")),
     Gate("VAE decode, live", 8.0, "GB", COUNTED, _count(vae_case("5B", "decode", None), "live GB")),
     Gate("VAE encode", 149.0, "TFLOP", COUNTED, _count(vae_case("5B", "encode", 8), "TFLOP")),
     Gate("VAE encode, live", 5.0, "GB", COUNTED, _count(vae_case("5B", "encode", 8), "live GB")),
@@ -152,7 +150,7 @@ COUNTED_GATES = (
         "units",
         COUNTED,
         _count(training_case("5B", "full", "none"), "units kept per layer"),
-        today=23.2,
+        today=20.1,
     ),
     Gate(
         "5B LoRA training, kept per layer",
@@ -160,7 +158,7 @@ COUNTED_GATES = (
         "units",
         COUNTED,
         _count(training_case("5B", "LoRA", "none"), "units kept per layer"),
-        today=14.4,
+        today=13.3,
     ),
     Gate(
         "5B LoRA training, checkpointed, live",

@@ -30,7 +30,7 @@ class MLP(nn.Module):
 
     ``chunk_rows``: without gradients, that many tokens at a time (None: all): the hidden layer, 4 D wide, is the
     largest tensor of the network, and no token sees another.
-    ``is_computed_again``: the hidden layer is not kept for the backward pass, see checkpointing.py.
+    ``is_computed_again``: the hidden layer is not kept for the backward pass (set by ``Trunk.keep``).
     """
 
     def __init__(self, hidden_size: int, hooks: dict):
@@ -44,12 +44,9 @@ class MLP(nn.Module):
     def forward(self, hidden_states: Tensor, **kw_args) -> Tensor:
         if "mlp_forward" in self.hooks:
             return self.hooks["mlp_forward"](hidden_states, **kw_args)
-        first, last = self.dense_h_to_4h, self.dense_4h_to_h
-        is_differentiated = torch.is_grad_enabled() and hidden_states.requires_grad
-        # A compiler finds out by itself what has to be computed again.
-        if self.is_computed_again and is_differentiated and not torch.compiler.is_compiling():
-            if is_frozen(first, last):
-                return frozen_mlp(hidden_states, first, last)
+        # A compiler finds out by itself what has to be computed again, and one graph shall serve all layers.
+        if not torch.compiler.is_compiling() and self._is_made_in_pieces(hidden_states):
+            return frozen_mlp(hidden_states, self.dense_h_to_4h, self.dense_4h_to_h)
         rows = self._rows_at_a_time(hidden_states)
         if rows is None:
             return self._tokens(hidden_states)
@@ -58,6 +55,12 @@ class MLP(nn.Module):
         for chunk, place in zip(*chunks, strict=True):
             place.copy_(self._tokens(chunk))
         return out
+
+    def _is_made_in_pieces(self, hidden_states: Tensor) -> bool:
+        is_differentiated = torch.is_grad_enabled() and hidden_states.requires_grad
+        if not self.is_computed_again or not is_differentiated:
+            return False
+        return is_frozen(self.dense_h_to_4h, self.dense_4h_to_h)
 
     def _rows_at_a_time(self, hidden_states: Tensor) -> int | None:
         if torch.is_grad_enabled():
