@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from scripts.benchmark import roofline
 from scripts.benchmark.roofline import RATE, Rates, fastest, rates, run
@@ -74,3 +75,17 @@ def test_the_fastest_of_several_runs_counts_and_the_first_never_does() -> None:
 
     assert fastest(work, "cpu", 0.0) > 0
     assert seconds == [9.0, 3.0, 2.0]  # one to warm up, then FEWEST
+
+
+def test_the_bound_of_work_is_its_products_and_attention_at_their_rates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(roofline, "rates", lambda device, dtype: roofline.Rates(100.0, 10.0, 1.0))
+    a, b, q = torch.ones(2, 3), torch.ones(3, 4), torch.ones(1, 2, 5, 8)
+
+    def work() -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        (a @ b).relu()
+
+    products, attention = 2 * 2 * 3 * 4, 4 * 2 * 5 * 5 * 8  # 2 m k n;  4 heads S^2 d
+    assert roofline.bound_of(work, "cpu", "float32") == pytest.approx(products / 100 + attention / 10)

@@ -60,7 +60,11 @@ class Traffic(TorchDispatchMode):
 
 
 def is_product(name: str) -> bool:
-    return name in PRODUCTS or name.startswith(_ATTENTION)
+    return name in PRODUCTS or is_attention(name)
+
+
+def is_attention(name: str) -> bool:
+    return name.startswith(_ATTENTION)
 
 
 def moved_bytes(*trees: Any) -> int:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from cogvideox.live_memory import LiveMemory
-from cogvideox.traffic import Traffic
+from cogvideox.traffic import Traffic, is_attention
 from scripts.benchmark.full_size import fused_attention
 
 aten = torch.ops.aten
@@ -46,19 +46,23 @@ its arguments, as in torch's registry; None: no products. An operator that is no
 
 class Operations(TorchDispatchMode):
     """A context that counts FLOPs, as torch's ``FlopCounterMode``, which also follows the modules and with its hooks
-    keeps tensors alive: beside it no memory can be counted."""
+    keeps tensors alive: beside it no memory can be counted.  flops: all.  attention: those of attention among them."""
 
     def __init__(self) -> None:
         super().__init__()
         own = {_operator(name): shape_wrapper(flops) for name, flops in OWN_OPERATORS.items() if flops}
         self._formulas = flop_registry | ALSO_COUNTED | own
         self.flops = 0
+        self.attention = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if formula := self._formulas.get(func.overloadpacket):
-            self.flops += formula(*args, **kwargs, out_val=result)
+            found = formula(*args, **kwargs, out_val=result)
+            self.flops += found
+            if is_attention(func.overloadpacket.__name__):
+                self.attention += found
         return result
 
 

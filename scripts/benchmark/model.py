@@ -19,6 +19,7 @@ from cogvideox.system import build_transformer
 from scripts.benchmark.memory import ROOT, peak_of
 from scripts.benchmark.pairs import Candidate, max_difference, paired
 from scripts.benchmark.results import Row
+from scripts.benchmark.roofline import bound_of
 from scripts.benchmark.settings import Settings
 from scripts.benchmark.twins import randomise, rotary_of, transformer_twin
 
@@ -109,6 +110,7 @@ def compare(case: Case, settings: Settings) -> list[Row]:
     if settings.compile and case.is_compiled:
         candidates += compiled(net, arguments, settings)
     times = paired(candidates, settings, budget_s=BUDGET_S)
+    bound = None if settings.quick else bound_of(candidates[0].run, settings.device, case.dtype)
     rows = []
     for name in times.seconds:
         is_ours, is_compiled = name.startswith("ours"), name.endswith("compiled")
@@ -122,6 +124,7 @@ def compare(case: Case, settings: Settings) -> list[Row]:
                 None if is_ours else times.ratio(name, against),
                 None if name == "ours" else max_difference(times.results["ours"], times.results[name]),
                 {} if is_compiled else memory(case, name, settings),
+                bound and bound / times.median(name),
                 note=f"ratio against {against}" if is_compiled and not is_ours else "",
             )
         )

@@ -28,6 +28,7 @@ from scripts.benchmark import model
 from scripts.benchmark.memory import peak_of
 from scripts.benchmark.pairs import Candidate, max_difference, paired
 from scripts.benchmark.results import Row
+from scripts.benchmark.roofline import bound_of
 from scripts.benchmark.settings import Settings
 from scripts.benchmark.twins import transformer_twin
 
@@ -89,6 +90,7 @@ def compare(case: Case, settings: Settings) -> list[Row]:
             Candidate("diffusers, compiled", partial(with_kernel, run.backend, fast)),
         ]
     times = paired(candidates, replace(settings, warmups=1), budget_s=BUDGET_S)
+    bound = None if settings.quick else bound_of(run.ours, settings.device, case.network.dtype)
     rows = []
     for name in times.seconds:
         is_compiled = name.endswith("compiled")
@@ -102,6 +104,7 @@ def compare(case: Case, settings: Settings) -> list[Row]:
                 None if name.startswith("ours") else times.ratio(name, against),
                 None if name == "ours" else max_difference(times.results["ours"], times.results[name]),
                 {} if is_compiled or "attention" in name else memory(case, name, settings),
+                bound and bound / times.median(name),
                 note=f"ratio against {against}" if name == "diffusers, compiled" else "",
             )
         )

@@ -17,6 +17,7 @@ from cogvideox.vae.autoencoder import CausalVAE
 from scripts.benchmark.memory import peak_of
 from scripts.benchmark.pairs import Candidate, max_difference, paired
 from scripts.benchmark.results import Row
+from scripts.benchmark.roofline import bound_of
 from scripts.benchmark.settings import Settings
 from scripts.benchmark.twins import randomise, vae_twin
 
@@ -100,6 +101,7 @@ def compare(case: Case, settings: Settings) -> list[Row]:
             compiled = _compiled(vae_twin(vae).requires_grad_(False), work)
             candidates.append(Candidate("diffusers, compiled", partial(DIFFUSERS[work], compiled, x)))
         times = paired(candidates, settings, budget_s=BUDGET_S)
+        bound = None if settings.quick else bound_of(candidates[0].run, settings.device, case.dtype)
         for name in times.seconds:
             is_ours = name == "ours"
             rows.append(
@@ -110,6 +112,7 @@ def compare(case: Case, settings: Settings) -> list[Row]:
                     times.median(name),
                     None if is_ours else times.ratio(name, "ours"),
                     None if is_ours else max_difference(times.results["ours"], times.results[name]),
+                    bound_fraction=bound and bound / times.median(name),
                     note="" if is_ours else case.note,
                 )
             )
