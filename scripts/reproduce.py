@@ -276,13 +276,16 @@ def load_system(config: Config) -> VideoDiffusion:
     """The network as its run held it: the adapters beside the weights, all that was trained in the training's dtype."""
     from cogvideox import dist
     from cogvideox.build import build
+    from cogvideox.sampling.memory import OncePerRun
     from cogvideox.system import DTYPES
 
     dist.seed_everything(config.seed)  # parts without a checkpoint
     system = build(config.system, config=config)
     system.load_weights()
     system.prepare_sampling(dist.device())
-    return system.to(DTYPES[config.sample.precision])
+    system.to(DTYPES[config.sample.precision])
+    system.once_per_run = OncePerRun(system)
+    return system
 
 
 def _read_latents(path: Path, then: dict[str, Any]) -> Tensor | None:

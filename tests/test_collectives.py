@@ -47,6 +47,7 @@ engine/universal.py      gather    test_world_size.py::test_every_number_of_the_
 engine/universal.py      barrier   test_world_size.py::test_every_number_of_the_state_is_bitwise_the_same_right_after_the_change
 evaluation/held_out.py   gather    test_held_out.py::test_the_numbers_before_training_are_bitwise_the_same_on_two_ranks
 evaluation/clips.py      gather    test_held_out.py::test_the_numbers_before_training_are_bitwise_the_same_on_two_ranks
+system_attention.py      gather    test_resume.py::test_the_real_model_killed_again_and_again_is_bitwise_the_one_that_was_not
 engine/shared_folder.py  gather    test_collectives.py::test_a_run_folder_that_a_rank_does_not_see_is_an_error_on_all
 engine/shared_folder.py  barrier   test_collectives.py::test_a_run_folder_that_a_rank_does_not_see_is_an_error_on_all
 engine/validation.py     gather    test_engine.py::test_the_held_out_loss_is_the_same_on_one_and_two_ranks
@@ -93,7 +94,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "WORKER", Path(__file__).parent / "workers" / "collectives.py")
-        path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join(
+            [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         patch.setenv("PYTHONPATH", path)
         patch.setattr(launcher, "SECONDS", 400)
         done = launcher.launch(runs, 2, root)

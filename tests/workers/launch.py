@@ -50,7 +50,9 @@ def start(
 def search_path() -> str:
     """PYTHONPATH with which workers find one another, and the package of this very checkout."""
     tests = WORKER.parents[1]
-    return os.pathsep.join(map(str, [tests, tests.parent / "sat", os.environ.get("PYTHONPATH", "")]))
+    return os.pathsep.join(
+        map(str, [tests, tests.parent, tests.parent / "sat", os.environ.get("PYTHONPATH", "")])
+    )
 
 
 def launch(

@@ -29,6 +29,7 @@ from cogvideox.engine import checkpoint
 from cogvideox.engine.checkpoint_folders import KeepRule
 from cogvideox.engine.ema import EMA, numel
 from cogvideox.engine.events import Events
+from cogvideox.engine.external_parameters import register_external_parameters
 from cogvideox.engine.global_batch import clips_per_step, with_accumulation
 from cogvideox.engine.instruments import Instruments, Work
 from cogvideox.engine.logging import Means, RunLog, forget, get_logger, truncate
@@ -134,6 +135,8 @@ class Trainer:
         # The watchdog has seen a hung rank by then, and has named it.
         dist.set_timeout(2.0 * config.timeout_minutes + 1.0)
         stage = self.engine.zero_optimization_stage()
+        if stage == 3:
+            register_external_parameters(module)
         if stage == 0:
             self.engine.basic_optimizer.state.clear()  # ... which must not count in Adam's bias correction
         self.checks_gradients = trainer_checks_gradients(stage, config.precision)

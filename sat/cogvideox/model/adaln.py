@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,6 +50,16 @@ class ExpertAdaLN(BaseMixin):
             self.key_layernorm_list = nn.ModuleList(
                 nn.LayerNorm(head_dim, eps=1e-6) for _ in range(num_layers)
             )
+
+    def external_parameters(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+        """(module that uses it, parameter of another that is not called): ZeRO-3 must gather it for the first."""
+        for layer_id, layer in enumerate(self.transformer.layers):
+            norms = (
+                layer.input_layernorm,
+                layer.post_attention_layernorm,
+                *(self._head_norms(layer_id) or ()),
+            )
+            yield from ((layer, parameter) for norm in norms for parameter in norm.parameters())
 
     def of_layer(self, layer_id: int, modulations: Tensor | None = None) -> dict[str, Any]:
         """What is a layer's own, as arguments of the hooks, so that these are the same code for all layers.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from einops import rearrange
 from sat.model.base_model import BaseMixin
 from torch import Tensor, nn
@@ -28,6 +30,10 @@ class FinalLayer(BaseMixin):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero_linear(time_embed_dim, 2 * hidden_size))
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+
+    def external_parameters(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+        """As ``ExpertAdaLN.external_parameters``."""
+        yield from ((self.transformer, parameter) for parameter in self.norm_final.parameters())
 
     def final_forward(
         self,

@@ -103,13 +103,13 @@ def apply_memory(system: VideoDiffusion, plan: Plan, device: torch.device) -> No
     if savings.transformer == "resident":
         system.to(device)
         system.vae.to(device)
-        system.once_per_run = _OncePerRun(system, _nothing)
+        system.once_per_run = OncePerRun(system)
         return
     turns, apart = Turns(), [net.transformer.layers]
     if savings.modulations:
         adaln = net.mixins["adaln_layer"].adaLN_modulations
         apart.append(adaln)
-        system.once_per_run = _OncePerRun(system, LayerOffload(adaln, device).free)
+        system.once_per_run = OncePerRun(system, LayerOffload(adaln, device).free)
     layers = net.transformer.layers
     if savings.transformer == "by layers":
         offload = LayerOffload(layers, device)
@@ -168,14 +168,14 @@ def _place_condition(embedder: nn.Module, savings: Savings, turns: Turns, device
     turns.add("text", load, park, at=[embedder], evicts=("transformer", "vae"))
 
 
-class _OncePerRun:
+class OncePerRun:
     """``VideoDiffusion.once_per_run`` of a network whose weights stay as they are: see there.
 
     Modulations are computed before the first step and kept for the next run with the same timesteps. ``free`` is called
     after that: the weights that make them are not needed again.
     """
 
-    def __init__(self, system: VideoDiffusion, free: Callable[[], None]):
+    def __init__(self, system: VideoDiffusion, free: Callable[[], None] = lambda: None):
         self._net, self._free = system.transformer, free
         self._ofs = system.config.model.ofs if self._net.ofs_embed_dim is not None else None
         self._table: Modulations | None = None

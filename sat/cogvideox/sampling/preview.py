@@ -12,7 +12,8 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cogvideox import dist, environment
 from cogvideox.config import Config, trains_text_encoder
 from cogvideox.sampling import drift
 from cogvideox.sampling.drift import Appearance
+from cogvideox.sampling.memory import OncePerRun
 from cogvideox.sampling.outputs import write_latents
 from cogvideox.sampling.preview_sheet import write_preview_sheet
 from cogvideox.sampling.prompts import Request
@@ -66,7 +68,7 @@ class Previews:
         count, ranks, rank = len(self.requests), dist.world_size(), dist.rank()
         rendered, failed = {}, {}
         devices = [] if system.device.type == "cpu" else [system.device]
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), _as_the_door_samples(system):
             for first in range(0, count, ranks):
                 # As many passes on every rank (ZeRO-3 gathers weights in them); one too many is not written.
                 index = min(first + rank, count - 1)
@@ -137,6 +139,16 @@ class Previews:
         checkpoint = self.run_dir / "checkpoints" / str(step)
         config = as_trained(self.config, checkpoint) if step else sampling_from(self.config)
         return write_preview(system, sampled, self.requests[index], folder, start, config)
+
+
+@contextmanager
+def _as_the_door_samples(system: VideoDiffusion) -> Iterator[None]:
+    """Modulations once per run, as in sample_video, which thus renders a preview again to the bit."""
+    before, system.once_per_run = system.once_per_run, OncePerRun(system)
+    try:
+        yield
+    finally:
+        system.once_per_run = before
 
 
 def write_preview(

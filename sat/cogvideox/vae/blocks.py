@@ -57,9 +57,14 @@ class ResBlock(nn.Module):
         x: Tensor | list[Tensor],
         z: Tensor | None = None,
         cache: ConvCache | None = None,
+        doubled_start: bool | None = None,
     ) -> Tensor:
         """x: a tensor; or, where nothing is differentiated, a list of one that is handed over: it is taken out,
-        overwritten and freed as soon as it can be."""
+        overwritten and freed as soon as it can be.
+        doubled_start: of such a list, what comes back is that of `double_frames(x)` and `double_frames(z)`, and this is
+        their `starts_clip`. None: of x and z themselves."""
+        if doubled_start is not None:
+            return self._doubled(x, z, cache, doubled_start)
         if isinstance(x, list):
             return self._consume(x, z, cache)
         condition = () if z is None else (z,)
@@ -68,11 +73,8 @@ class ResBlock(nn.Module):
         h += self.nin_shortcut(x) if self.changes_width else x
         return h
 
-    def doubled(self, held: list[Tensor], z: Tensor, cache: ConvCache | None, starts_clip: bool) -> Tensor:
-        """`forward` of `double_frames(x)` and `double_frames(z)`, where nothing is differentiated.
-
-        Doubled are the outputs of the first convolution and of the shortcut; before them each frame is taken once.
-        """
+    def _doubled(self, held: list[Tensor], z: Tensor, cache: ConvCache | None, starts_clip: bool) -> Tensor:
+        """Doubled are the outputs of the first convolution and of the shortcut; before them a frame is taken once."""
         (x,) = held
         past = self.conv1.past(cache)
         past = None if past is None else past[:, :, -1:]  # the frame before, also shown twice

@@ -75,11 +75,9 @@ class Decoder(nn.Module):
         doubles = False
         for level in reversed(self.up):
             for block in level.block:
+                held = [block(held, z, cache, starts_clip if doubles else None)]
                 if doubles:
-                    held = [block.doubled(held, z, cache, starts_clip)]
                     z = double_frames(z, starts_clip)
-                else:
-                    held = [block(held, z, cache)]
                 doubles = False
             if level.upsample is not None:
                 held = [level.upsample.consume(held)]
