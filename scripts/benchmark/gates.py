@@ -138,11 +138,11 @@ COUNTED_GATES = (
         COUNTED,
         _count(forward_case("2B"), "passes per layer"),
     ),
-    Gate("5B forward of a guidance pair, live", 2.42, "GB", COUNTED, _count(forward_case("5B"), "live GB")),
-    Gate("2B forward of a guidance pair, live", 1.51, "GB", COUNTED, _count(forward_case("2B"), "live GB")),
+    Gate("5B forward of a guidance pair, live", 1.77, "GB", COUNTED, _count(forward_case("5B"), "live GB")),
+    Gate("2B forward of a guidance pair, live", 1.11, "GB", COUNTED, _count(forward_case("2B"), "live GB")),
     Gate("VAE decode", 290.3, "TFLOP", COUNTED, _count(vae_case("5B", "decode", None), "TFLOP")),
     Gate("VAE decode, live", 8.0, "GB", COUNTED, _count(vae_case("5B", "decode", None), "live GB")),
-    Gate("VAE encode", 149.0, "TFLOP", COUNTED, _count(vae_case("5B", "encode", 8), "TFLOP")),
+    Gate("VAE encode", 144.4, "TFLOP", COUNTED, _count(vae_case("5B", "encode", 8), "TFLOP")),
     Gate("VAE encode, live", 5.0, "GB", COUNTED, _count(vae_case("5B", "encode", 8), "live GB")),
     Gate(
         "5B full training, kept per layer",
@@ -162,7 +162,7 @@ COUNTED_GATES = (
     ),
     Gate(
         "5B LoRA training, checkpointed, live",
-        7.1,
+        6.2,
         "GB",
         COUNTED,
         _count(training_case("5B", "LoRA", "full"), "live GB"),

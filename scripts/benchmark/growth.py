@@ -17,7 +17,7 @@ import torch
 
 from cogvideox.config import Config
 from cogvideox.flops import clip_of, forward_flops
-from cogvideox.planning.sampling import LIVE_TENSORS
+from cogvideox.planning.sampling import LIVE_TENSORS, LIVE_TENSORS_UNFUSED
 from cogvideox.system import build_transformer, build_vae
 from scripts.benchmark.full_size import load
 from scripts.benchmark.memory import peaks_of
@@ -146,7 +146,9 @@ def transformer_lines(used: Networks, points: tuple[Point, ...], settings: Setti
             flops = forward_flops(t, clip)
             weights = sum(p.numel() for p in build_transformer(config, device="meta").parameters())
             bound = best.bound_seconds(flops.matmul, flops.attention, weights * size)
-            live = LIVE_TENSORS * clip.tokens * t.hidden_size * size
+            # A CPU has no product that ends in a GELU.
+            tensors = LIVE_TENSORS if settings.is_cuda else LIVE_TENSORS_UNFUSED
+            live = tensors * clip.tokens * t.hidden_size * size
             yield Row(
                 "growth",
                 point.case,

@@ -123,7 +123,7 @@ def compare(case: Case, settings: Settings) -> list[Row]:
     times = paired(candidates, replace(settings, warmups=1), budget_s=BUDGET_S)
     kind = "total" if settings.is_cuda else "above"  # a CPU's total is mostly libraries
     allowed = [n for n in fitting if n.startswith(OURS) and peaks[n][kind] <= peaks[PEFT][kind]]
-    best = min(allowed, key=times.median, default=None)
+    best = min(allowed or [f"{OURS}full"], key=times.median)
     # MFU: of the maker's figure of a GPU, of the measured products of a CPU.
     peak = peak_tflops(dist.device()) or (
         torch.inf
@@ -145,25 +145,30 @@ def compare(case: Case, settings: Settings) -> list[Row]:
                 case.name,
                 name,
                 times.median(name),
-                None if is_ours or best is None else times.ratio(name, best),
+                None if is_ours else times.ratio(name, against(name, best)),
                 None if is_ours else max(max_difference(*both) for both in gradients),
                 peaks[name],
                 utilised or None,
                 counted,
-                note(name, best),
+                note(name, best, name in allowed),
             )
         )
     missing = [name for name in names if name not in fitting]
     return rows + [Row("train", case.name, name, note="does not fit into this GPU") for name in missing]
 
 
-def note(name: str, best: str | None) -> str:
-    if name == best:
+def against(name: str, best: str) -> str:
+    """Which of ours a baseline is compared with: what keeps as much for the backward pass."""
+    return f"{OURS}none" if name == PEFT_KEEPS else best
+
+
+def note(name: str, best: str, fits: bool) -> str:
+    if name == best and fits:
         return f"the fastest of ours whose peak is not above that of {PEFT}"
     if name.startswith(OURS):
         return ""
     return (
-        f"ratio against {best}; difference of the gradients of all matrices at the first step" if best else ""
+        f"ratio against {against(name, best)}; difference of the gradients of all matrices at the first step"
     )
 
 

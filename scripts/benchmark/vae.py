@@ -70,7 +70,7 @@ CPU_CASES = (
     Case(32, 17, 48, 64, note="torch convolves so small tensors itself"),
     Case(64, 9, 48, 80, note="large enough for oneDNN at the two finest levels"),
 )
-CPU_MEMORY_CASE = Case(32, 17, 96, 144)
+CPU_MEMORY_CASE = Case(32, 9, 96, 144)
 GPU_CASES = (Case(128, 49, 480, 720, "bfloat16"),)
 QUICK_CASES = (Case(32, 9, 16, 16),)
 
