@@ -40,6 +40,11 @@ class Peak:
     def total(self) -> int:
         return self.before + self.above
 
+    def by_kind(self) -> dict[str, int]:
+        """``Row.memory``: what is known of above, total, reserved and device."""
+        kinds = {"above": self.above, "total": self.total, "reserved": self.reserved, "device": self.device}
+        return {kind: value for kind, value in kinds.items() if value is not None}
+
 
 def peak_of(case: str, *arguments: Any, device: str = "cpu") -> Peak:
     """case: "module:function"; arguments: what json can hold. RuntimeError with the output of a process that fails."""

@@ -186,8 +186,7 @@ def memory(case: Case, candidate: str, settings: Settings) -> dict[str, int]:
         settings.quick,
         device=settings.device,
     )
-    found = {"above": peak.above, "total": peak.total}
-    return found | ({"reserved": peak.reserved, "device": peak.device} if settings.is_cuda else {})
+    return peak.by_kind()
 
 
 def memory_case(index: int, candidate: str, device: str, quick: bool) -> Callable[[], None]:

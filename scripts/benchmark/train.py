@@ -197,12 +197,7 @@ def memory(case: Case, names: Sequence[str], settings: Settings) -> dict[str, di
         wanted = [name for name in names if name.startswith(OURS) is is_ours]
         arguments = index, wanted, settings.device, settings.quick
         found |= peaks_of("scripts.benchmark.train:memory_case", *arguments, device=settings.device)
-    on_gpu = ("reserved", "device") if settings.is_cuda else ()
-    return {
-        name: {kind: getattr(found[name], kind) for kind in ("above", "total", *on_gpu)}
-        for name in names
-        if name in found
-    }
+    return {name: found[name].by_kind() for name in names if name in found}
 
 
 def memory_case(

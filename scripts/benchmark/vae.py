@@ -133,8 +133,7 @@ def _peak(case: Case, work: str, name: str, settings: Settings) -> dict[str, int
     peak = peak_of(
         "scripts.benchmark.vae:memory_case", fields, work, name, settings.device, device=settings.device
     )
-    kinds = {"above": peak.above, "total": peak.total, "reserved": peak.reserved, "device": peak.device}
-    return {kind: value for kind, value in kinds.items() if value is not None}
+    return peak.by_kind()
 
 
 def memory_case(fields: list[Any], work: str, name: str, device: str) -> Callable[[], None]:
