@@ -14,7 +14,7 @@ import torch
 import cogvideox
 from cogvideox.diffusion.names import GUIDANCES, SAMPLERS
 from cogvideox.diffusion.stepping import Predictions
-from cogvideox.sampling.memory import _nothing, _OncePerRun
+from cogvideox.sampling.memory import OncePerRun
 from cogvideox.system import VideoDiffusion
 from cogvideox.system_sampling import Start
 
@@ -27,7 +27,7 @@ def system_on_meta(base: str = "tiny_t2v", *overrides: str) -> VideoDiffusion:
     config = cogvideox.load_config([CONFIGS / f"{base}.yaml"], ["model.transformer.num_layers=2", *overrides])
     system = VideoDiffusion(config)
     system.transformer.to(META)
-    system.once_per_run = _OncePerRun(system, _nothing)
+    system.once_per_run = OncePerRun(system)
     return system.eval().requires_grad_(False)
 
 
@@ -102,7 +102,7 @@ def test_texts_and_modulations_are_computed_once_per_run_and_change_nothing() ->
     mixins = system.transformer.mixins
     mixins["patch_embed"].text_proj.register_forward_hook(count("text"))
     mixins["adaln_layer"].adaLN_modulations[0].register_forward_hook(count("adaln"))
-    system.once_per_run = _OncePerRun(system, _nothing)
+    system.once_per_run = OncePerRun(system)
     found = [system.sample_latents(pair, seeds=[3], **SIZE) for _ in range(2)]
     # Each run has a pair of texts of its own; its timesteps are those of the run before.
     assert calls == {"text": 2, "adaln": SIZE["steps"]}
