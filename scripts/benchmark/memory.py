@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.benchmark.settings import Settings
+
 ROOT = Path(__file__).resolve().parents[2]
 _ONLY = "work"  # the name of one that has none
 
@@ -49,6 +51,12 @@ class Peak:
 def peak_of(case: str, *arguments: Any, device: str = "cpu") -> Peak:
     """case: "module:function"; arguments: what json can hold. RuntimeError with the output of a process that fails."""
     return peaks_of(case, *arguments, device=device)[_ONLY]
+
+
+def memory_of(case: str, index: int, candidate: str, settings: Settings) -> dict[str, int]:
+    """``Row.memory`` of a case that takes (index, candidate, device, quick)."""
+    arguments = index, candidate, settings.device, settings.quick
+    return peak_of(case, *arguments, device=settings.device).by_kind()
 
 
 def peaks_of(case: str, *arguments: Any, device: str = "cpu") -> dict[str, Peak]:

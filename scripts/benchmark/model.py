@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cogvideox.config import load_config
 from cogvideox.model.transformer import ExpertTransformer
 from cogvideox.system import build_transformer
-from scripts.benchmark.memory import ROOT, peak_of
+from scripts.benchmark.memory import ROOT, memory_of
 from scripts.benchmark.pairs import Candidate, max_difference, paired
 from scripts.benchmark.results import Row
 from scripts.benchmark.roofline import bound_of
@@ -178,15 +178,8 @@ def compiled(net: ExpertTransformer, arguments: dict[str, Tensor], settings: Set
 
 
 def memory(case: Case, candidate: str, settings: Settings) -> dict[str, int]:
-    peak = peak_of(
-        "scripts.benchmark.model:memory_case",
-        cases(settings).index(case),
-        candidate,
-        settings.device,
-        settings.quick,
-        device=settings.device,
-    )
-    return peak.by_kind()
+    index = cases(settings).index(case)
+    return memory_of("scripts.benchmark.model:memory_case", index, candidate, settings)
 
 
 def memory_case(index: int, candidate: str, device: str, quick: bool) -> Callable[[], None]:

@@ -25,7 +25,7 @@ from cogvideox.execution import AUTO
 from cogvideox.model.attention_backends import KERNELS, Shape, activate, fastest_backend
 from cogvideox.model.compiled_blocks import layer_runner
 from scripts.benchmark import model
-from scripts.benchmark.memory import peak_of
+from scripts.benchmark.memory import memory_of
 from scripts.benchmark.pairs import Candidate, max_difference, paired
 from scripts.benchmark.results import Row
 from scripts.benchmark.roofline import bound_of
@@ -233,15 +233,8 @@ def kernel(backend: str) -> Iterator[None]:
 
 
 def memory(case: Case, candidate: str, settings: Settings) -> dict[str, int]:
-    peak = peak_of(
-        "scripts.benchmark.sample:memory_case",
-        cases(settings).index(case),
-        candidate,
-        settings.device,
-        settings.quick,
-        device=settings.device,
-    )
-    return peak.by_kind()
+    index = cases(settings).index(case)
+    return memory_of("scripts.benchmark.sample:memory_case", index, candidate, settings)
 
 
 def memory_case(index: int, candidate: str, device: str, quick: bool) -> Callable[[], None]:
